@@ -1,0 +1,5 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only get in each other's way
+
+import nanochat_cl  # noqa: F401  puts the nanochat tree on the import path
