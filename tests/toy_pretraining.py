@@ -45,7 +45,7 @@ def make(base: Path) -> Path:
 
 
 def respell(tree: Path) -> None:
-    """Our tree, as somebody else might have written it: reparsed, classes in the opposite order, copies by from-import, training at import."""
+    """Our tree, as somebody else might have written it: classes backwards, copies by from-import, training at import."""
     shutil.copytree(upstream.tree(), tree, ignore=shutil.ignore_patterns("__pycache__"))
     for path in tree.rglob("*.py"):
         body = ast.parse(path.read_text()).body
@@ -56,7 +56,8 @@ def respell(tree: Path) -> None:
             at = 1 if ast.get_docstring(ast.Module(body, [])) else 0
             body.insert(at, ast.parse("from __future__ import annotations").body[0])
             if path.stem == "engine":
-                body += ast.parse("from nanochat.gpt import GPT, GPTConfig as Config, MLP\nfrom nanochat.dataset import list_parquet_files\n"
+                body += ast.parse("from nanochat.gpt import GPT, GPTConfig as Config, MLP\n"
+                                  "from nanochat.dataset import list_parquet_files\n"
                                   "from nanochat.common import compute_init as begin").body
         if path.stem == "base_train":
             assert ast.unparse(body[-1].test) == "__name__ == '__main__'"

@@ -1,0 +1,81 @@
+"""
+What this machine has, and what follows from it. Prints the profile that fits, cpu | gpu1 | h100x8:
+
+python -m nanochat_cl.machine
+"""
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from nanochat_cl import upstream
+from nanochat_cl.command import UserError
+
+RECOMPILES = 64  # a kernel of the optimizer is compiled once per shape and dtype; torch's limit of 8 is meant for one model
+
+
+def say(line: str) -> None:
+    """One line to the terminal, from rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def prepare(bf16: bool = False) -> None:
+    """What torch and nanochat read only once: call it before they are imported. bf16: compute in bfloat16 where the processor can."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # base_train sets it too, but after we imported torch
+    compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and shutil.which(name)), None)
+    if compiler is None:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        say("no C++ compiler: compiled steps run eagerly, which is slower; install g++, or set CXX")
+    elif compiler != os.environ.get("CXX", "g++"):
+        os.environ["CXX"] = compiler  # torch itself takes $CXX, else g++, and looks no further
+    dtype, reason = compute_dtype() if bf16 else (None, "")
+    if dtype and "NANOCHAT_DTYPE" not in os.environ:
+        os.environ["NANOCHAT_DTYPE"] = dtype
+        say(f"computing in {dtype} ({reason}); NANOCHAT_DTYPE=float32 overrides")
+    import torch._dynamo
+    torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
+
+
+def _cpuinfo(field: str, path: str | Path = "/proc/cpuinfo") -> str:
+    text = Path(path).read_text() if Path(path).is_file() else ""
+    found = re.search(rf"^{field}\s*:\s*(.*)$", text, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def compute_dtype(cpuinfo: str | Path = "/proc/cpuinfo") -> tuple[str | None, str]:
+    """The NANOCHAT_DTYPE worth setting and why; None where upstream's own choice is right, as on GPUs."""
+    import torch
+    flags = [] if torch.cuda.is_available() else _cpuinfo("flags", cpuinfo).split()
+    return next((("bfloat16", f"the processor has {flag}") for flag in ("amx_bf16", "avx512_bf16") if flag in flags), (None, ""))
+
+
+def describe() -> dict:
+    """For the record of a run: what it ran on, hardware and software."""
+    import torch
+    gpus = torch.cuda.device_count()
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=upstream.REPO, capture_output=True, text=True)
+    return {"platform": platform.platform(), "cpu": _cpuinfo("model name") or platform.processor(), "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": gpus, "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", "tiktoken", "pyarrow")},
+            "commit": git.stdout.strip() or None, "upstream": {"path": str(upstream.tree()), "sha256": upstream.tree_hash()}}
+
+
+def detect_profile() -> str:
+    import torch
+    gpus = torch.cuda.device_count()
+    return "h100x8" if gpus >= 8 else "gpu1" if gpus else "cpu"
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """UserError when fewer than `needed` bytes are free where `path` is or will be."""
+    free = shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
+    if free < needed:
+        raise UserError(f"{path} needs {needed:,} bytes, the disk has {free:,} free; make room, or set NANOCHAT_BASE_DIR to another disk")
+
+
+if __name__ == "__main__":
+    print(detect_profile())
