@@ -1,0 +1,77 @@
+"""
+Parameters and FLOPs of a model in closed form, from its config alone: the ledger of a run, and the arithmetic of a fair comparison.
+
+Conventions are nanochat's: a matmul weight costs 6 FLOPs per token (forward and backward), a key in a layer's window 12 n_embd,
+no discount for the causal mask. For a dense config the figures equal `GPT.estimate_flops` and the model's own parameter count.
+Only what works for a token is counted: blocks that were not chosen are not, nor the copying and adding that a backend does.
+
+L layers, n width, D head dim, Hkv key/value heads, Vp padded vocabulary, G blocks of width b, S shared, R = G - S routed, k active.
+"""
+import math
+from collections.abc import Mapping
+from typing import Any
+
+PAD_VOCAB = 64           # as GPT's pad_vocab_size_to
+GATE, SMEAR = 12, 24     # inputs of a value embedding's gate and of the smear gate
+ROUTER_ROWS = 8          # a router has a multiple of this many rows, see blocks.BlockSparseMLP
+
+
+def boundaries(end: int, chunk: int) -> list[int]:
+    """Starts of the chunks below `end`: 0, 16 and its doublings below `chunk`, then the multiples of `chunk`."""
+    early = [0]
+    while (start := 16 << len(early) - 1) < chunk:
+        early.append(start)
+    return [start for start in [*early, *range(chunk, end, chunk)] if start < end]
+
+
+def _fields(config: Any) -> Mapping[str, Any]:
+    return config if isinstance(config, Mapping) else vars(config)
+
+
+def windows(config: Any) -> list[int]:
+    """Keys that a query of each layer sees at most."""
+    c = _fields(config)
+    T, pattern = c["sequence_len"], c["window_pattern"].upper()
+    short = min(T, 128 * math.ceil(math.ceil(T / 4) / 128))
+    return [T if pattern[i % len(pattern)] == "L" else short for i in range(c["n_layer"] - 1)] + [T]
+
+
+def routers(config: Any) -> int:
+    """Parameters that a Model-CL has beyond the dense model of its size: router rows and balances, 0 for a dense config."""
+    c = _fields(config)
+    if c.get("cl") is None:
+        return 0
+    routed = c["cl"]["blocks"] - c["cl"]["shared"]
+    return c["n_layer"] * (-(-routed // ROUTER_ROWS) * ROUTER_ROWS * c["n_embd"] + routed)
+
+
+def matmul_params(config: Any) -> int:
+    """Weights that work for one token."""
+    c = _fields(config)
+    L, n, cl = c["n_layer"], c["n_embd"], c.get("cl")
+    kv = c["n_kv_head"] * (n // c["n_head"])
+    hidden = 4 * n if cl is None else (cl["shared"] + cl["active"]) * cl["block"]
+    padded = math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
+    return L * (2 * n * n + 2 * kv * n + 2 * hidden * n) + GATE * c["n_kv_head"] * math.ceil(L / 2) + padded * n + SMEAR
+
+
+def params(config: Any) -> dict[str, int]:
+    """{"total", "active"}: all parameters, and those without the blocks that a token leaves idle."""
+    c = _fields(config)
+    L, n, cl = c["n_layer"], c["n_embd"], c.get("cl")
+    padded = math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
+    tables = padded * n + math.ceil(L / 2) * padded * c["n_kv_head"] * (n // c["n_head"])
+    active = matmul_params(config) + tables + 2 * L + 2 + routers(config)
+    idle = 0 if cl is None else L * 2 * n * cl["block"] * (cl["blocks"] - cl["shared"] - cl["active"])
+    return {"total": active + idle, "active": active}
+
+
+def flops_per_token(config: Any) -> float:
+    """Training FLOPs per token, forward and backward, of what works for it, routing included."""
+    c = _fields(config)
+    L, n, cl = c["n_layer"], c["n_embd"], c.get("cl")
+    flops = 6 * matmul_params(config) + sum(12 * n * w for w in windows(config))
+    if cl is not None:  # pooling has no backward, a router only that of its weight
+        starts = len(boundaries(c["sequence_len"], cl["chunk"]))
+        flops += starts * 2 * n + starts / c["sequence_len"] * L * 4 * (cl["blocks"] - cl["shared"]) * n
+    return flops

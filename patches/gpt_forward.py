@@ -1,0 +1,26 @@
+"""
+One routing decision per forward.
+
+Target:   nanochat.gpt:GPT.forward
+Why:      the blocks of all layers are chosen from token embeddings, before the first layer runs.
+Keeps:    the call as it is where the config has no `cl`; one graph under torch.compile.
+Verified: tests/test_routing.py, tests/test_model_cl.py.
+"""
+import functools
+
+from nanochat_cl import routing
+
+SIGNATURE = ("self", "idx", "targets", "kv_cache", "loss_reduction")
+
+
+def wrap(original):
+    @functools.wraps(original)
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
+        if getattr(self.config, "cl", None) is None:
+            return original(self, idx, targets, kv_cache, loss_reduction)
+        routing.decide(self, idx, kv_cache)
+        out = original(self, idx, targets, kv_cache, loss_reduction)
+        for block in self.transformer.h:
+            block.mlp.decision = None  # it holds on to the autograd graph
+        return out
+    return forward

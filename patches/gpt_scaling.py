@@ -1,0 +1,23 @@
+"""
+Scaling rules of the dense model for every arm.
+
+Target:   nanochat.gpt:GPT.num_scaling_params
+Why:      horizon, batch size and weight decay follow from these counts, and the arms must not differ in them.
+Keeps:    the original's figures where the config has no `cl`; else those of the dense model of the same depth, width and vocabulary.
+Verified: tests/test_model_cl.py.
+"""
+import functools
+
+SIGNATURE = ("self",)
+
+
+def wrap(original):
+    @functools.wraps(original)
+    def num_scaling_params(self):
+        counts = original(self)
+        if getattr(self.config, "cl", None) is None:
+            return counts
+        ours = sum(p.numel() for block in self.transformer.h for p in block.mlp.parameters())
+        dense = len(self.transformer.h) * 8 * self.config.n_embd ** 2
+        return {key: value + (dense - ours if key in ("transformer_matrices", "total") else 0) for key, value in counts.items()}
+    return num_scaling_params

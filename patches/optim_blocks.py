@@ -1,0 +1,55 @@
+"""
+Muon block by block, and a block without a gradient stays exactly as it is.
+
+Target:   nanochat.optim:MuonAdamW._compute_muon
+Why:      Muon would take a stack of blocks for one odd matrix; and it renormalises stale momentum, so that a block whose gradient is
+          zero goes on moving at nearly full speed for hundreds of steps, weight decay besides.
+Keeps:    groups without the key `isolate` (every group of a dense model) go to the original untouched. The arithmetic of a step is the
+          original kernel's, communication and checkpoint layout are the original's. The mask is read off the reduced gradient, so
+          all ranks see the same one.
+Verified: tests/test_isolation.py.
+
+K layers, G blocks (b, n). Keys of a group: `isolate` (bool); `block_scale` (G floats, optional): factors on the step of each block.
+"""
+import functools
+
+import torch
+
+SIGNATURE = ("self", "group", "info", "gather_list", "rank")
+DECAY = 2.0  # a dense up-projection decays by 2 lr wd, blocks step with lr where it steps with 2 lr: the factor belongs to the decay
+
+
+def block_step(kernel, group):
+    """`kernel` (nanochat's muon_step_fused) for stacks (K, G, b, n) of one parameter group."""
+    def step(grads, params, momentum, second, momentum_t, lr_t, wd_t, beta2_t, ns_steps, red_dim):
+        moves = grads.flatten(-2).any(-1)[..., None, None] if group["isolate"] else torch.ones_like(grads[..., :1, :1], dtype=torch.bool)
+        scale = group.get("block_scale")
+        if scale is not None:
+            scale = torch.tensor(scale, device=params.device, dtype=params.dtype)[:, None, None]
+            moves = moves & (scale > 0)
+        before = [t.clone() for t in (params, momentum, second)]
+        lr = torch.full_like(lr_t, group["lr"])  # upstream's own factor for tall matrices doesn't apply, see gpt_optimizer
+        kernel(*(t.flatten(0, 1) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * DECAY, beta2_t, ns_steps, -1)
+        if scale is not None:
+            params.copy_(torch.where(scale == 1, params, before[0].lerp(params, scale)))
+        for now, old in zip((params, momentum, second), before):
+            now.copy_(torch.where(moves, now, old))
+    return step
+
+
+def wrap(original):
+    @functools.wraps(original)
+    def _compute_muon(self, group, info, gather_list, rank):
+        if "isolate" not in group:
+            return original(self, group, info, gather_list, rank)
+        import nanochat.optim as optim
+        first = group["params"][0]
+        if "second_momentum_buffer" not in self.state[first]:  # upstream's has no place for the blocks
+            self.state[first]["second_momentum_buffer"] = first.new_zeros(info["chunk_size"], *first.shape[:2], 1)
+        kernel = optim.muon_step_fused
+        optim.muon_step_fused = block_step(kernel, group)
+        try:
+            return original(self, group, info, gather_list, rank)
+        finally:
+            optim.muon_step_fused = kernel
+    return _compute_muon

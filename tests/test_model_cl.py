@@ -1,0 +1,109 @@
+"""Model-CL as nanochat sees it: config, initial weights, compiled training beside a dense model, checkpoints."""
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from nanochat_cl import arms, machine, patching, routing
+from patches import settings
+from tests.tiny_cl import BOS, SIZES, build, tokens, train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patched():
+    with patching.applied():
+        yield
+
+
+def test_a_config_without_cl_is_the_original_and_one_with_it_travels_through_metadata():
+    from nanochat import gpt
+    plain = gpt.GPTConfig(**SIZES)
+    assert type(plain).__qualname__ == "GPTConfig" and dataclasses.asdict(plain) == SIZES
+    cl = arms.cl(32, BOS, "cl", chunk=32)
+    config = gpt.GPTConfig(**SIZES, cl=cl)
+    restored = gpt.GPTConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert restored == config and restored.cl == cl and isinstance(config, type(plain))
+
+
+def test_the_arm_of_the_settings_holds_for_configs_that_name_none_at_any_width():
+    from nanochat import gpt
+    with settings.using(arm=arms.cl(32, BOS, "cl-full")):
+        assert gpt.GPTConfig(**SIZES).cl == arms.cl(32, BOS, "cl-full")
+        assert gpt.GPTConfig(n_embd=768).cl == arms.cl(768, BOS, "cl-full")   # base_train's reference model
+        assert gpt.GPTConfig(**SIZES, cl=arms.cl(32, BOS, "cl")).cl == arms.cl(32, BOS, "cl")
+    assert not hasattr(gpt.GPTConfig(**SIZES), "cl")
+
+
+def test_both_arms_of_a_seed_start_from_the_same_weights_and_leave_the_same_random_state():
+    ours, state = build(lively=False, seed=7), torch.get_rng_state()
+    dense, dense_state = build("dense", lively=False, seed=7), torch.get_rng_state()
+    assert torch.equal(state, dense_state)
+    theirs = dict(dense.named_parameters())
+    for name, p in ours.named_parameters():
+        if name in theirs:
+            expected = theirs[name].T if name.endswith("mlp.c_proj.weight") else theirs[name]
+            assert torch.equal(p.detach().reshape(expected.shape), expected.detach()), name
+    routers = torch.stack([block.mlp.router.detach() for block in ours.transformer.h])
+    assert 0.018 < routers.std() < 0.022 and not torch.equal(routers[0], routers[1])
+    assert not torch.equal(routers, torch.stack([block.mlp.router.detach() for block in build(lively=False, seed=8).transformer.h]))
+    assert not any(t.any() for block in ours.transformer.h for t in (block.mlp.balance, block.mlp.usage)) and not ours.token_count.any()
+
+
+def test_every_parameter_is_in_one_group_and_the_first_six_are_nanochats():
+    ours, dense = build(), build("dense")
+    mine, theirs = ours.setup_optimizer(weight_decay=0.1), dense.setup_optimizer(weight_decay=0.1)
+    names = lambda model, group: [name for p in group["params"] for name, q in model.named_parameters() if q is p]
+    grouped = [name for group in mine.param_groups for name in names(ours, group)]
+    assert sorted(grouped) == sorted(name for name, _ in ours.named_parameters())
+    for group, expected in zip(mine.param_groups[:6], theirs.param_groups[:6]):
+        assert names(ours, group) == names(dense, expected)
+        assert {k: v for k, v in group.items() if k not in ("params", "rows")} == {k: v for k, v in expected.items() if k != "params"}
+    attention = [names(ours, g) for g in mine.param_groups if g["kind"] == "muon" and "isolate" not in g]
+    assert attention == [names(dense, g) for g in theirs.param_groups if g["kind"] == "muon" and ".mlp." not in names(dense, g)[0]]
+    assert all(g["lr"] == g["initial_lr"] for g in mine.param_groups)
+
+
+def test_dense_and_sparse_models_step_compiled_in_one_process_and_learn():
+    """Compiled kernels for both optimizers; the sparse model is one graph (fullgraph) and its loss the eager one."""
+    machine.prepare()
+    for arm in ("dense", "cl"):
+        model = build(arm, lively=False, sizes=dict(n_layer=1))
+        optimizer = model.setup_optimizer(weight_decay=0.1)
+        with torch.compiler.set_stance("force_eager"):
+            eager = build(arm, lively=False, sizes=dict(n_layer=1))
+            expected = train(eager, eager.setup_optimizer(weight_decay=0.1), 30)
+        losses = train(torch.compile(model, dynamic=False, fullgraph=True) if arm == "cl" else model, optimizer, 30)
+        assert losses[0] == pytest.approx(4.16, abs=0.05) and losses[-1] < losses[0] - 1, losses
+        assert losses[:8] == pytest.approx(expected[:8], abs=1e-3)
+    assert (routing.usage(model).sum(1) == 30 * 4 * 32 * 4).all() and model.token_count.sum() > 1000
+
+
+def test_a_checkpoint_of_base_train_is_built_again_by_nanochats_own_loader(tmp_path, monkeypatch):
+    from nanochat import checkpoint_manager
+
+    class Tokenizer:
+        get_vocab_size = staticmethod(lambda: SIZES["vocab_size"])
+    monkeypatch.setattr(checkpoint_manager, "get_tokenizer", Tokenizer)
+    with torch.compiler.set_stance("force_eager"):
+        model = build(chunk=16)
+        optimizer = model.setup_optimizer(weight_decay=0.1)
+        train(model, optimizer, 3)
+        meta = {"model_config": dataclasses.asdict(model.config)}
+        checkpoint_manager.save_checkpoint(str(tmp_path), 3, model.state_dict(), optimizer.state_dict(), meta)
+        loaded, _, _ = checkpoint_manager.build_model(str(tmp_path), 3, torch.device("cpu"), "eval")
+        idx = tokens(2, 50)
+        assert torch.equal(loaded(idx), model.eval()(idx))
+        assert torch.equal(routing.usage(loaded), routing.usage(model)) and routing.usage(loaded).any()
+        # the optimizer's state goes on as well
+        data, optimizer_data, _ = checkpoint_manager.load_checkpoint(str(tmp_path), 3, torch.device("cpu"), load_optimizer=True)
+        loaded.train()
+        other = loaded.setup_optimizer(weight_decay=0.1)
+        other.load_state_dict(optimizer_data)
+        assert train(loaded, other, 3, seed=2) == train(model.train(), optimizer, 3, seed=2)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_dense_checkpoint_does_not_load_into_a_sparse_model_by_accident():
+    with pytest.raises(RuntimeError, match="mlp"):
+        build().load_state_dict(build("dense").state_dict(), strict=True)

@@ -1,0 +1,225 @@
+"""nanochat_cl.routing: what a decision may depend on, and that training, prefill and cached decoding make the same one."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from nanochat_cl import patching, routing
+from nanochat_cl.accounting import boundaries
+from tests.tiny_cl import BOS, SIZES, build, tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patched():
+    with patching.applied(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def cache(rows, seq_len=64, layers=SIZES["n_layer"]):
+    from nanochat import engine
+    return engine.KVCache(batch_size=rows, num_heads=SIZES["n_kv_head"], seq_len=seq_len, head_dim=16, num_layers=layers,
+                          device=torch.device("cpu"), dtype=torch.float32)
+
+
+def per_token(model, idx, kv_cache=None):
+    """(L, B, T, k) blocks and gates of every token; a cache is advanced as attention would."""
+    routing.decide(model, idx, kv_cache)
+    found = [block.mlp.decision for block in model.transformer.h]
+    if kv_cache is not None:
+        kv_cache.advance(idx.shape[1])
+    lengths = torch.tensor(found[0].lengths)
+    assert lengths.sum() == idx.shape[1]
+    return tuple(torch.stack([part.repeat_interleave(lengths, dim=1) for part in parts])
+                 for parts in (tuple(d.choice for d in found), tuple(d.gate.detach() for d in found)))
+
+
+@pytest.mark.parametrize("end, chunk, starts", [
+    (2048, 512, [0, 16, 32, 64, 128, 256, 512, 1024, 1536]), (512, 512, [0, 16, 32, 64, 128, 256]), (10, 512, [0]), (16, 512, [0]),
+    (17, 512, [0, 16]), (100, 48, [0, 16, 32, 48, 96]), (40, 16, [0, 16, 32]), (9, 4, [0, 4, 8]),
+])
+def test_boundaries_double_and_are_then_regular(end, chunk, starts):
+    assert boundaries(end, chunk) == starts
+
+
+@pytest.mark.parametrize("reach", ["bos", "row", "ema"])
+def test_a_chunk_is_routed_by_the_tokens_before_it_that_are_in_reach(reach):
+    model, idx = build(reach=reach, chunk=32), tokens(3, 64, seed=3)
+    idx[1, 5], idx[1, 31], idx[2, 40] = BOS, BOS, BOS
+    model.token_count.copy_(torch.bincount(idx.flatten(), minlength=64))
+    model.eval()
+    choice, gate = per_token(model, idx)
+    wte = model.transformer.wte.weight.detach().double()
+    common = sum(wte[t] / wte[t].square().mean().sqrt() for t in idx.flatten().tolist()) / idx.numel()  # of all that was seen in training
+    for row in range(3):
+        for start in (0, 16, 32):
+            total, reached, count = torch.zeros(32, dtype=torch.float64), 0, 0.0
+            for t in range(start - 1, -1, -1):
+                token = idx[row, t].item()
+                if token == BOS and reach == "bos":
+                    break
+                if token != BOS:
+                    weight = 0.5 ** ((start - 1 - t) / 16) if reach == "ema" else 1.0
+                    total, reached = total + weight * wte[token] / wte[token].square().mean().sqrt(), reached + 1
+                    count = count + weight
+            feature = total / count if reached else wte[BOS] / wte[BOS].square().mean().sqrt()
+            feature = feature - common
+            feature = feature / feature.square().mean().sqrt()
+            for layer, block in enumerate(model.transformer.h):
+                score = block.mlp.router.detach().double()[:14] @ feature
+                at = min(start + 7, 63)
+                assert score[choice[layer, row, at]].min() > score.topk(4).values[-1] - 0.02, (reach, row, start)  # embeddings are rounded
+                torch.testing.assert_close(gate[layer, row, at].double(), 2 * torch.sigmoid(score[choice[layer, row, at]]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_changing_a_token_changes_no_earlier_logit(training):
+    model, idx = build(chunk=32).train(training), tokens(2, 64, bos_every=23)
+    model.token_count.copy_(torch.arange(64))
+    counted = model.token_count.clone()
+    before = model(idx).detach()
+    for t in (1, 15, 16, 31, 32, 47, 63):
+        changed = idx.clone()
+        changed[:, t] = changed[:, t] % 63 + 1
+        model.token_count.copy_(counted)  # training counts its batches
+        after = model(changed).detach()
+        assert torch.equal(after[:, :t], before[:, :t]), f"token {t} changed an earlier logit"
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+@given(st.sampled_from(["bos", "row", "ema"]), st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_any_way_of_cutting_a_text_into_cached_calls_chooses_the_same_blocks(reach, calls, seed):
+    model, idx = build(reach=reach, chunk=32, seed=seed).eval(), tokens(2, sum(calls), seed=seed, bos_every=1 + seed % 37)
+    choice, gate = per_token(model, idx)
+    kv_cache = cache(2, seq_len=200)
+    pieces = [per_token(model, part, kv_cache) for part in idx.split(calls, dim=1)]
+    assert torch.equal(torch.cat([p[0] for p in pieces], dim=2), choice)
+    torch.testing.assert_close(torch.cat([p[1] for p in pieces], dim=2), gate, atol=1e-6, rtol=0)
+
+
+def test_prefill_and_decoding_give_the_logits_of_one_forward_and_a_reset_cache_begins_anew():
+    model, idx = build(chunk=16, sizes=dict(n_layer=3)).eval(), tokens(1, 60, bos_every=25)
+    with torch.inference_mode():
+        full = model(idx)
+        first, many = cache(1, seq_len=30, layers=3), cache(3, layers=3)
+        for attempt in range(2):
+            torch.testing.assert_close(model(idx[:, :30], kv_cache=first), full[:, :30], atol=1e-4, rtol=0)
+            many.prefill(first)
+            for t in range(30, 60):
+                column = model(idx[:, t:t + 1].expand(3, 1), kv_cache=many)
+                torch.testing.assert_close(column, full[:, t:t + 1].expand(3, -1, -1), atol=1e-4, rtol=0)
+            first.reset()
+            many.reset()
+            assert first.routing is None and many.routing is None
+    # rows of one cache may part: another token in one row leaves the other as it was
+    assert many.routing is None
+
+
+def test_nanochats_engine_decodes_what_plain_generation_does():
+    from nanochat import engine
+    model = build(chunk=16, sizes=dict(n_layer=3)).eval()
+
+    class Words:
+        encode_special = staticmethod(lambda text: 1000)
+        get_bos_token_id = staticmethod(lambda: BOS)
+        decode = staticmethod(str)
+    prompt = tokens(1, 21)[0].tolist()
+    plain = list(model.generate(prompt, max_tokens=30, temperature=0.0))
+    column = [c for c, _ in engine.Engine(model, Words()).generate(prompt, num_samples=2, max_tokens=30, temperature=0.0)]
+    until = plain.index(BOS) if BOS in plain else 30
+    assert [c[0] for c in column][:until] == [c[1] for c in column][:until] == plain[:until] and until > 5
+
+
+def test_use_is_counted_in_training_only():
+    model, idx = build(chunk=32), tokens(3, 50)
+    model.eval()(idx)
+    assert not routing.usage(model).any()
+    choice, _ = per_token(model, idx)
+    model.train()(idx)
+    expected = torch.stack([torch.bincount(c.flatten(), minlength=14) for c in choice]).float()
+    assert torch.equal(routing.usage(model), expected) and expected.sum() == 2 * 3 * 50 * 4
+    routing.reset_usage(model)
+    assert not routing.usage(model).any()
+
+
+def test_the_gradient_of_the_balance_is_the_excess_use_whatever_the_loss():
+    model = build()
+    total = torch.zeros(2, 14)
+    for seed in (1, 2):
+        idx = tokens(3, 50, seed=seed)
+        routing.reset_usage(model)
+        (1e-3 * model(idx[:, :-1], idx[:, 1:])).backward()
+        total += routing.usage(model) / (3 * 49) - 4 / 14
+    found = torch.stack([block.mlp.balance.grad for block in model.transformer.h])
+    torch.testing.assert_close(found, total)
+
+
+def test_what_all_text_has_in_common_is_taken_off_and_every_block_comes_into_use(monkeypatch):
+    """A component that all embeddings share, as training makes one: without centring and balance most blocks are never chosen."""
+    def spread(rate):
+        model = build(lively=False)
+        with torch.no_grad():
+            model.transformer.wte.weight += 3 * torch.randn(32, generator=torch.Generator().manual_seed(3))
+        optimizer = model.setup_optimizer(embedding_lr=0.0)
+        optimizer.param_groups[-1]["lr"] = rate
+        for step in range(60):
+            if step == 40:
+                routing.reset_usage(model)
+            idx = tokens(8, 33, seed=step)
+            idx[:, 1:] = idx[:, 1:] % 7 + 1 + 7 * torch.arange(8)[:, None]  # eight kinds of text
+            model(idx[:, :-1], idx[:, 1:]).backward()
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+        return routing.usage(model)
+    ours, centred = spread(0.01), spread(0.0)
+    monkeypatch.setattr(routing, "common", lambda token_count, table: torch.zeros(()))
+    neither = spread(0.0)
+    assert (neither == 0).float().mean() > 0.3, neither
+    assert (centred > 0).all() and (ours > 0).all() and ours.std() < 0.8 * centred.std(), (centred, ours)
+
+
+def test_frozen_routing_chooses_the_same_blocks_after_training():
+    model, idx = build(), tokens(4, 64, seed=9)
+    optimizer = model.setup_optimizer(weight_decay=0.1)
+    before = routing.choices(model, idx)
+    routing.freeze(model, optimizer)
+    kept = {name: p.clone() for name, p in model.named_parameters() if name.endswith(("router", "balance"))}
+    for step in range(5):
+        x = tokens(4, 64, seed=step)
+        model(x[:, :-1], x[:, 1:]).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    assert torch.equal(routing.choices(model, idx), before)
+    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters() if name in kept)
+    model.routing_embedding = None
+    assert not torch.equal(routing.choices(model, idx), before), "the embeddings themselves did move"
+    assert "routing_embedding" not in model.state_dict()
+
+
+def test_looking_at_choices_changes_nothing():
+    model, idx = build().train(), tokens(2, 40)
+    found = routing.choices(model, idx)
+    assert found.shape == (2, 2, 3, 4) and model.training and not routing.usage(model).any()
+    assert all(block.mlp.decision is None for block in model.transformer.h)
+
+
+@pytest.mark.parametrize("reach", ["bos", "row"])
+def test_coverage_says_who_was_routed_by_what(reach):
+    idx, cl = tokens(1, 64), dict(bos=BOS, reach=reach, chunk=32)
+    idx[0, 20], idx[0, 31] = BOS, BOS   # documents at 0-19, 20-30, 31-63
+    constant, own = routing.coverage(idx, cl)
+    expected_constant = [t < 16 or (reach == "bos" and 32 <= t < 64) for t in range(64)]
+    # chunk 16-31 was routed by the document before BOS at 20; chunk 32-63 follows BOS at 31
+    expected_own = [16 <= t < 20 for t in range(64)]
+    assert constant[0].tolist() == expected_constant and own[0].tolist() == expected_own
+
+
+def test_a_cache_that_lost_its_state_is_not_decoded_from():
+    model, kv_cache = build().eval(), cache(1)
+    with torch.inference_mode():
+        model(tokens(1, 20), kv_cache=kv_cache)
+        kv_cache.routing = None
+        with pytest.raises(RuntimeError, match="routing state"):
+            model(tokens(1, 1), kv_cache=kv_cache)
