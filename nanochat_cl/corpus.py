@@ -1,0 +1,158 @@
+"""
+The general corpus of Phase A: parquet shards in nanochat's layout, and the held-out documents that no phase trains on.
+
+python -m nanochat_cl.corpus --profile cpu                                             # docstrings of the installed packages
+python -m nanochat_cl.corpus --profile gpu1 --source 'files:/data/books' --tokens 2e9  # txt, md, jsonl, parquet or source code
+"""
+import argparse
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from itertools import islice, tee
+from pathlib import Path
+
+from nanochat_cl import files, pretrain, sources
+from nanochat_cl.command import UserError, run
+from nanochat_cl.holdout import HELD_OUT, NEAR, Overlap, digest, split_of
+from nanochat_cl.profiles import PROFILES
+from nanochat_cl.sources import Document, checksums, read_parquet, said, write_parquet
+
+BYTES_PER_TOKEN = 4.2       # English at a vocabulary of 32K (est.): turns --tokens into bytes
+CROPPED = 0.4               # of the text is thrown away by nanochat's packing (35 % at 2,048 tokens, rounded up)
+HELD_OUT_BYTES = 8_000_000  # at most, of each held-out class
+NAMED = {"fineweb-edu": "hf:HuggingFaceFW/fineweb-edu:sample-100BT:text",
+         "climbmix": "hf:karpathy/climbmix-400b-shuffle::text"}  # nanochat's own shards
+
+
+def parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """The flags that the stages of data have in common."""
+    result = argparse.ArgumentParser(prog=f"nanochat_cl.{stage}", description=description)
+    result.add_argument("--profile", choices=PROFILES, default="cpu", help="sizes of the run (default: %(default)s)")
+    result.add_argument("--packages", type=Path, default=Path(sysconfig.get_paths()["purelib"]),
+                        help="packages for embedded (default: this environment's)")
+    result.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes for embedded (default: %(default)s)")
+    return result
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    flags = parser("corpus", "Make the general corpus of Phase A")
+    flags.add_argument("--source", help=f"embedded, {', '.join(NAMED)}, files:<folder or glob> or "
+                                        f"hf:<dataset>[:config][:column] (default: the profile's)")
+    flags.add_argument("--tokens", type=float, help="stop at about so many (default: all of embedded and files:, else Phase A's)")
+    flags.add_argument("--docs-per-shard", type=int, help="a run's seed permutes shards, so make several (default: 128 on cpu, else 16384)")
+    args = flags.parse_args(argv)
+    args.source = args.source or PROFILES[args.profile].general
+    args.docs_per_shard = args.docs_per_shard or (128 if args.profile == "cpu" else 16384)
+    if args.tokens is None and not args.source.startswith(("embedded", "files:")):
+        depth = pretrain.parse(["--profile", args.profile]).flags["depth"]
+        # nanochat's default horizon: 12 tokens per parameter of the head and the matrices, at width 64 x depth
+        args.tokens = 12 * (32768 * 64 * depth + 12 * depth * (64 * depth) ** 2) / (1 - CROPPED)
+    return args
+
+
+def build(args: argparse.Namespace) -> None:
+    from nanochat.common import get_base_dir
+    from nanochat.dataset import DATA_DIR
+    data_dir, general = Path(DATA_DIR), Path(get_base_dir()) / "corpora" / "general"
+    asked = {"source": args.source, "tokens": args.tokens, "docs_per_shard": args.docs_per_shard}
+    if found := manifest(data_dir, asked):
+        print(f"corpus | complete: {found['documents']['train']:,} training documents in {data_dir}")
+        return
+    state = manifest(data_dir, asked, "corpus.partial.json")  # of a build that died; it tells our shards from others'
+    if state is None and any(data_dir.glob("*.parquet")):
+        raise UserError(f"{data_dir} holds shards that are not ours; move them away, or use another NANOCHAT_BASE_DIR")
+    state = state or {**asked, "read": 0, "shards": 0, "bytes": 0, "documents": {"train": 0}, "dropped": {"near": 0, "exact": 0}}
+    print(f"corpus | {args.source} -> {data_dir}", flush=True)
+    skipped, shard = {}, "shard_{:05d}.parquet".format
+    if args.source == "embedded":
+        first, source = tee(sources.extract(sources.prose, sources.modules(args.packages), args.workers))
+    else:
+        first, source = tee(sources.read(NAMED.get(args.source, args.source), skipped))
+    held = held_out(first, HELD_OUT_BYTES, skipped)
+    del first  # else it would keep whatever `source` reads
+    overlap = Overlap(d.text for c in HELD_OUT for d in held[c])
+    seen = {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
+    source, enough = islice(source, state["read"], None), (args.tokens or float("inf")) * BYTES_PER_TOKEN
+    while state["bytes"] < enough and (block := list(islice(source, args.docs_per_shard))):
+        files.write_json(data_dir / "corpus.partial.json", state)
+        kept = [d for d, _ in screened(block, overlap, seen, state["dropped"])]
+        if kept:
+            write_parquet(data_dir / shard(state["shards"]), kept)
+        state["read"] += len(block)
+        state["shards"] += bool(kept)
+        state["documents"]["train"] += len(kept)
+        state["bytes"] += sum(len(d.text.encode()) for d in kept)
+    if not state["shards"]:
+        raise UserError(f"{args.source} leaves no training document; skipped: {said(skipped)}; dropped: {state['dropped']}")
+    write_parquet(data_dir / shard(state["shards"]), held["val"])  # sorts last: nanochat's validation split
+    for c in HELD_OUT:
+        write_parquet(general / f"{c}.parquet", [d._replace(subdomain="general") for d in held[c]])
+        state["documents"][c] = len(held[c])
+    files.write_json(data_dir / "corpus.json", {**state, "files": checksums(data_dir), "skipped": said(skipped)})
+    (data_dir / "corpus.partial.json").unlink()
+    print(f"corpus | {state['documents']} documents, {state['bytes'] / 1e6:,.1f} MB to train on in {state['shards']} shards; "
+          f"dropped {state['dropped']}; skipped: {said(skipped)}; next: python -m nanochat_cl.domain --profile {args.profile}")
+
+
+def manifest(folder: Path, asked: dict, name: str = "corpus.json") -> dict | None:
+    """What a folder says of its making, None if nothing. Refuses a folder that was made otherwise."""
+    if not (folder / name).is_file():
+        return None
+    found = files.read_json(folder / name)
+    if differs := [key for key in asked if found.get(key) != asked[key]]:
+        raise UserError(f"{folder} was made with {', '.join(f'{k} = {found.get(k)}' for k in differs)}, asked for is "
+                        f"{', '.join(f'{k} = {asked[k]}' for k in differs)}; delete the folder or use another NANOCHAT_BASE_DIR")
+    return found
+
+
+def held_out(documents: Iterable[Document], limit: float, skipped: dict) -> dict[str, list[Document]]:
+    """The held-out documents at the beginning of a corpus, of each class `limit` characters; no test document is near to a val document."""
+    found, size = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0)
+    for d in documents:
+        split = split_of(d.key)
+        if split != "train" and size[split] < limit:
+            found[split].append(d)
+            size[split] += len(d.text)
+            if min(size.values()) >= limit:
+                break
+    val = Overlap(d.text for d in found["val"])
+    found["test"] = [d for d in found["test"] if val.share(d.text) < NEAR]
+    if not all(found.values()):
+        raise UserError(f"too few documents: of the two held-out classes (5 % each) one is empty, a few hundred documents are needed; "
+                        f"skipped: {said(skipped)}")
+    return found
+
+
+def screened(documents: Iterable[Document], overlap: Overlap, seen: set[str], dropped: dict) -> Iterator[tuple[Document, float]]:
+    """Training documents and what share of each is held out: no near duplicates, no exact ones of `seen`. About 15 MB/s (2026-11-24)."""
+    for d in documents:
+        if split_of(d.key) == "train":
+            share, name = overlap.share(d.text), digest(d.text)
+            if share < NEAR and name not in seen:
+                seen.add(name)
+                yield d, share
+            else:
+                dropped["near" if share >= NEAR else "exact"] += 1
+
+
+def prune(data_dir: Path, overlap: Overlap) -> int:
+    """Take the near duplicates of `overlap`'s documents out of the training shards of a complete corpus; how many there were."""
+    state, pruned, left = files.read_json(data_dir / "corpus.json"), 0, 0
+    for path in sorted(data_dir.glob("*.parquet"))[:-1]:
+        shard = read_parquet(path)
+        keep = [d for d in shard if overlap.share(d.text) < NEAR]
+        if len(keep) < len(shard):
+            write_parquet(path, keep)
+        pruned, left = pruned + len(shard) - len(keep), left + len(keep)
+    state["documents"]["train"], state["files"] = left, checksums(data_dir)
+    state["dropped"]["near_domain"] = state["dropped"].get("near_domain", 0) + pruned
+    files.write_json(data_dir / "corpus.json", state)
+    return pruned
+
+
+def main(argv: list[str] | None = None) -> None:
+    build(parse(argv))
+
+
+if __name__ == "__main__":
+    run(main)

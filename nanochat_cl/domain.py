@@ -1,0 +1,132 @@
+"""
+The domain of Phase B: documents with a sub-domain each, cut into train, val and test, free of overlap with what is held out anywhere.
+
+A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given), "sources":
+[{"source", and how a row names its sub-domain: "value", or "column" with an optional "pattern" (its first group is the name) and "values"
+(read no further when all are full)}]}; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
+
+python -m nanochat_cl.domain --profile cpu
+python -m nanochat_cl.domain --profile gpu1 --domain 'files:/data/company'   # sub-domain = top folder
+"""
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+
+from nanochat_cl import corpus, files, sources
+from nanochat_cl.command import UserError, run
+from nanochat_cl.holdout import HELD_OUT, Overlap, split_of
+from nanochat_cl.profiles import PROFILES
+from nanochat_cl.sources import Document, checksums, read_parquet, said, write_parquet
+
+RECIPES = Path(__file__).parent / "domains"
+OTHERS = "files:<folder or glob> or hf:<dataset>[:config][:column]"
+CAP = {"train": 1.0, "val": 0.2, "test": 0.2}  # shares of the limit: a large package gives more held-out documents than 5 % of it
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    flags = corpus.parser("domain", "Make the documents of Phase B")
+    flags.add_argument("--domain", help=f"a recipe of {RECIPES.name}/, {OTHERS} (default: the profile's)")
+    flags.add_argument("--subdomain-mb", type=float, help="most text of a sub-domain (default: 8 of them last for Phase B)")
+    args = flags.parse_args(argv)
+    args.domain = args.domain or PROFILES[args.profile].domain
+    # At least 1.5 MB, so that a sub-domain's 5 % are still some documents
+    args.subdomain_mb = args.subdomain_mb or max(1.5, PROFILES[args.profile].max_tokens * corpus.BYTES_PER_TOKEN / 8 / 1e6)
+    return args
+
+
+def name_of(domain: str) -> str:
+    """The folder of a domain in <base>/corpora: its own name, or the last part of the folder or dataset it is read from."""
+    kind, _, rest = domain.partition(":")
+    path = sources.files_root(rest).resolve() if kind == "files" else Path(rest.split(":")[0] or domain)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
+
+
+def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) -> list[Document]:
+    """The documents of one source, each sub-domain up to the limit."""
+    if source["source"] == "embedded":
+        installed = [name for name in source["packages"] if (args.packages / name).is_dir()][:source["most"]]
+        documents = sources.extract(sources.code, sources.modules(args.packages, installed), args.workers)
+    else:
+        documents = sources.read(source["source"], skipped, source)
+    found, size = [], Counter()
+    for d in documents:
+        split = split_of(d.key)
+        if size[d.subdomain, split] < limit * CAP[split]:
+            found.append(d)
+            size[d.subdomain, split] += len(d.text)
+        elif all(size[name, "train"] >= limit for name in source.get("values", [source.get("value")])):
+            break
+    return found
+
+
+def build(args: argparse.Namespace) -> None:
+    from nanochat.common import get_base_dir
+    from nanochat.dataset import DATA_DIR
+    data_dir, folder = Path(DATA_DIR), Path(get_base_dir()) / "corpora" / name_of(args.domain)
+    recipes = {path.stem: path for path in RECIPES.glob("*.json")}
+    if ":" not in args.domain and args.domain not in recipes:
+        raise UserError(f"no domain {args.domain!r}: expected {', '.join(sorted(recipes))}, {OTHERS}")
+    recipe = {"sources": [{"source": args.domain}]} if ":" in args.domain else files.read_json(recipes[args.domain])
+    if folder.name == "general":
+        raise UserError("a domain cannot be called general: that is the corpus of Phase A; rename its folder")
+    if not (data_dir / "corpus.json").is_file():
+        raise UserError(f"no general corpus at {data_dir}; make it first: python -m nanochat_cl.corpus --profile {args.profile}")
+    asked = {"domain": args.domain, "recipe": recipe, "subdomain_mb": args.subdomain_mb}
+    manifest = corpus.manifest(folder, asked)
+    if manifest and manifest["general_files"] == files.read_json(data_dir / "corpus.json")["files"]:
+        print(f"domain | complete: {manifest['documents']['train']:,} training documents in {folder}")
+        return
+    print(f"domain | {args.domain} -> {folder}", flush=True)
+    manifest = manifest or {**asked, "order": recipe.get("order", "seed"), **_write(args, recipe, folder)}
+    # Also of a general corpus that was made again since
+    pruned = corpus.prune(data_dir, Overlap(d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")))
+    manifest |= {"general_pruned": pruned, "general_files": files.read_json(data_dir / "corpus.json")["files"]}
+    files.write_json(folder / "corpus.json", manifest)
+    print(table(manifest["subdomains"]))
+    print(f"domain | dropped {manifest['dropped']}; skipped: {manifest['skipped']}; took {pruned} near duplicates of its "
+          f"held-out documents out of the general corpus; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
+
+
+def _write(args: argparse.Namespace, recipe: dict, folder: Path) -> dict:
+    """Write train, val and test; their part of the manifest."""
+    skipped, dropped = {}, {"near": 0, "exact": 0}
+    documents = [d for source in recipe["sources"] for d in gather(source, args.subdomain_mb * 1e6, args, skipped)]
+    parts = corpus.held_out(documents, float("inf"), skipped)
+    general = [d for c in HELD_OUT for d in read_parquet(folder.parent / "general" / f"{c}.parquet")]
+    overlap, share, size = Overlap(d.text for d in parts["val"] + parts["test"] + general), Counter(), Counter()
+    parts["train"] = []
+    for d, shared in corpus.screened(documents, overlap, set(), dropped):
+        parts["train"].append(d)
+        share[d.subdomain] += shared
+        size[d.subdomain] += len(d.text.encode())
+    counts, subdomains = Counter((d.subdomain, split) for split in CAP for d in parts[split]), {}
+    for name in dict.fromkeys(d.subdomain for d in documents):
+        row = {split: counts[name, split] for split in CAP}
+        if all(row.values()):
+            subdomains[name] = {**row, "bytes": size[name], "mean_share": share[name] / row["train"]}
+        else:
+            skipped.setdefault("sub-domains too small for documents in train, val and test", []).append(name)
+    if not subdomains:
+        raise UserError(f"{args.domain} leaves no usable sub-domain; dropped: {dropped}; skipped: {said(skipped)}")
+    for split in CAP:
+        write_parquet(folder / f"{split}.parquet", [d for d in parts[split] if d.subdomain in subdomains])
+    return {"documents": {split: sum(row[split] for row in subdomains.values()) for split in CAP}, "subdomains": subdomains,
+            "dropped": dropped, "skipped": said(skipped), "files": checksums(folder)}
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Rows by sub-domain; `mean_share` is of the 13-grams that a training document has in common with held-out ones."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'sub-domain':32}" + "".join(f"{column:>12}" for column in columns)]
+    for name, row in rows.items():
+        lines.append(f"{name[:32]:32}" + "".join(f"{row[c]:12.2%}" if isinstance(row[c], float) else f"{row[c]:12,}" for c in columns))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    build(parse(argv))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,197 @@
+"""
+Documents and where they come from: local files, the hub, and the Python packages of this environment (`embedded`).
+
+Read lazily, in an order that depends on names and contents only. What cannot be used is named in `skipped`: {reason: names}.
+"""
+import ast
+import glob
+import hashlib
+import json
+import logging
+import re
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat_cl import files
+from nanochat_cl.command import UserError
+from nanochat_cl.holdout import digest
+
+LARGEST = 10_000_000  # characters of one document: beyond it is a dump, not a text
+ROWS = {".jsonl", ".parquet"}
+TEXT = set(".txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .scala .kt .jl .r .lua .sh .sql".split())
+# Tools, and what only tests install: the embedded corpora must not depend on them.
+NOT_OURS = set("scipy hypothesis xdist execnet _pytest pytest pip setuptools pkg_resources _distutils_hack nanochat_cl".split())
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+TESTS = {"test", "tests", "testing", "_tests", "conftest"}
+
+
+class Document(NamedTuple):
+    text: str
+    subdomain: str
+    key: str  # decides the class (holdout.split_of): package/module for `embedded`, else a hash of the text
+
+
+def said(skipped: dict[str, list[str]]) -> str:
+    named = {reason: ", ".join(names[:3]) + ", ..." * (len(names) > 3) for reason, names in skipped.items()}
+    return "; ".join(f"{len(skipped[reason]):,} {reason} ({names})" for reason, names in named.items()) or "none"
+
+
+def write_parquet(path: Path, documents: list[Document]) -> None:
+    """A shard in nanochat's layout; at least 8 row groups where it has 8 documents, so that each of 8 ranks finds one."""
+    table = pa.table({name: pa.array([getattr(d, name) for d in documents], pa.string()) for name in Document._fields})
+    with files.replacing(path) as f:
+        pq.write_table(table, f, compression="zstd", compression_level=3, row_group_size=max(1, min(1024, len(documents) // 8)))
+
+
+def read_parquet(path: Path) -> list[Document]:
+    return [Document(**row) for row in pq.read_table(path, columns=list(Document._fields)).to_pylist()]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """{name: sha256} of the parquet files in a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
+
+
+def read(source: str, skipped: dict[str, list[str]], label: dict | None = None) -> Iterator[Document]:
+    """
+    Documents of `files:<folder or glob>` or `hf:<dataset>[:config][:column]`. `label` says what names the sub-domain: {"value": name}, or
+    {"column": c, "pattern": regular expression whose first group is the name (rows without a match are left out)}; otherwise a column
+    `subdomain`, the top folder, or the file's name. Its "data_files" picks files of a hub dataset.
+    """
+    label = label or {}
+    kind, _, rest = source.partition(":")
+    if kind not in ("files", "hf") or not rest:
+        raise UserError(f"a source is embedded, files:<folder or glob> or hf:<dataset>[:config][:column], got {source!r}")
+    dataset, config, column = (*rest.split(":"), "", "")[:3]
+    rows = _file_rows(rest, skipped) if kind == "files" else _hub_rows(dataset, config, column or "text", label.get("data_files"))
+    for name, default, row in rows:
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            skipped.setdefault("without text", []).append(name)
+            continue
+        if len(text) > LARGEST:
+            skipped.setdefault(f"longer than {LARGEST:,} characters", []).append(name)
+            continue
+        text = text.encode("utf-8", "ignore").decode()  # JSON can spell half a character
+        subdomain = label.get("value") or str(row.get(label.get("column", "subdomain")) or default)
+        if match := re.search(label.get("pattern", "(.+)"), subdomain, re.MULTILINE):
+            yield Document(text, match.group(1), digest(text))
+
+
+def files_root(pattern: str) -> Path:
+    """The folder that names below are relative to: the longest part of a glob without wildcards."""
+    path = Path(pattern)
+    return next(p for p in (path, *path.parents) if not re.search(r"[*?\[]", str(p)) and not p.is_file())
+
+
+def _file_rows(pattern: str, skipped: dict[str, list[str]]) -> Iterator[tuple[str, str, dict]]:
+    """(name, the sub-domain of a row that names none, row) per document; hidden files are left out."""
+    root = files_root(pattern)
+    found = glob.glob(f"{glob.escape(pattern)}/**" if Path(pattern).is_dir() else pattern, recursive=True)
+    found = sorted(path for path in map(Path, found) if path.is_file())
+    expected = "expected txt, md, jsonl, parquet or source code"
+    if not found:
+        raise UserError(f"no files match {pattern!r}: {expected} there")
+    if other := [path for path in found if path.suffix.lower() not in TEXT | ROWS]:
+        raise UserError(f"cannot read {other[0]}: {expected}; convert it to text, move it away, or narrow the glob, as in "
+                        f"'files:{root}/**/*.txt'")
+    for path in found:
+        name, n = path.relative_to(root).as_posix(), 0
+        default = name.split("/")[0] if "/" in name else path.stem if path.suffix.lower() in ROWS else root.resolve().name
+        try:
+            for n, row in enumerate(_rows(path), 1):
+                yield f"{name}:{n}", default, row  # a line of jsonl that is no JSON is None
+        except (ValueError, OSError, pa.ArrowException) as e:
+            skipped.setdefault("unreadable from there on", []).append(f"{name}:{n + 1}: {' '.join(str(e).split())[:200]}")
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    if path.suffix.lower() == ".parquet":
+        with pq.ParquetFile(path) as shard:
+            for batch in shard.iter_batches(256):
+                yield from batch.to_pylist()
+    else:
+        with open(path, encoding="utf-8") as f:
+            yield from map(_json, filter(str.strip, f)) if path.suffix.lower() == ".jsonl" else [{"text": f.read()}]
+
+
+def _json(line: str) -> Any:
+    with suppress(ValueError):
+        return json.loads(line)
+
+
+def _hub_rows(dataset: str, config: str, column: str, data_files: str | None) -> Iterator[tuple[str, str, dict]]:
+    import datasets  # slow to import, and needed here alone
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
+    try:
+        rows = datasets.load_dataset(dataset, config or None, split="train", streaming=True, data_files=data_files)
+        for n, row in enumerate(rows, 1):
+            if column not in row:
+                raise ValueError(f"no column {column!r} but {', '.join(sorted(row))}")
+            yield f"{dataset}#{n}", Path(dataset).name, {**row, "text": row[column]}
+    except Exception as e:  # the hub fails in the ways of five libraries; whatever it is, the remedy is the user's
+        line = " ".join(str(e).split())[:200]
+        raise UserError(f"cannot read the dataset {dataset!r}: {line}; check name, config, column and network, accept its terms and run "
+                        f"hf auth login if it has any, or use embedded or files:<folder>") from e
+
+
+def modules(root: Path, packages: list[str] | None = None) -> list[tuple[str, Path]]:
+    """(package/module, file) of the packages under `root`, tests left out, in the order of a hash: any beginning is a fair sample."""
+    packages = [p.name for p in root.iterdir() if p.name.isidentifier() and p.name not in NOT_OURS] if packages is None else packages
+    found = {path.relative_to(root).with_suffix("").as_posix(): path for package in packages for path in (root / package).rglob("*.py")}
+    names = [name for name in found if not TESTS & set(name.split("/")) and not found[name].name.startswith("test_")]
+    return [(name, found[name]) for name in sorted(names, key=digest)]
+
+
+def extract(function: Callable[[str], str | None], items: list[tuple[str, Path]], workers: int) -> list[Document]:
+    """`function(source)` of every module, as documents in the order of `items`, without those that give None or are no Python."""
+    with get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
+        texts = list((pool.map if pool else map)(partial(_extract, function), items))
+    return [Document(text, key.split("/")[0], key) for (key, _), text in zip(items, texts) if text]
+
+
+def _extract(function: Callable[[str], str | None], item: tuple[str, Path]) -> str | None:
+    try:
+        with tokenize.open(item[1]) as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in other people's strings
+            return function(f.read())
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+
+
+def prose(source: str) -> str | None:
+    """The docstrings of a module, dedented, in their order, without doctests (they are code); None if that is next to nothing."""
+    documented = [n for n in ast.walk(ast.parse(source)) if isinstance(n, DOCUMENTED)]
+    found = [ast.get_docstring(n) or "" for n in sorted(documented, key=lambda n: getattr(n, "lineno", 0))]
+    found = [re.sub(r"^[ \t]*>>>.*\n(?:[ \t]*\S.*\n)*", "", text + "\n", flags=re.MULTILINE) for text in found]
+    text = "\n\n".join(dict.fromkeys(re.sub(r"\n{3,}", "\n\n", t).strip() for t in found if len(t) >= 40))
+    return text if len(text) >= 200 else None
+
+
+def code(source: str) -> str | None:
+    """
+    A module as `ast.unparse` prints it: without comments, and here without statements that are only a string. None for a module that
+    holds little code or mostly literals (tables and texts). Raises SyntaxError.
+    """
+    def is_text(node: ast.AST) -> bool:
+        return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+    def length(node: ast.AST) -> int:
+        return len(repr(node.value)) if isinstance(node, ast.Constant) and not isinstance(node.value, bool | None) else 0
+
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            if isinstance(body := getattr(node, field, None), list):  # of a lambda it is none
+                body[:] = [s for s in body if not (isinstance(s, ast.Expr) and is_text(s.value))] or [ast.Pass()] * bool(body)
+    text, literals = ast.unparse(tree) + "\n", sum(map(length, ast.walk(tree)))
+    return text if len(text) >= 200 and 2 * literals <= len(text) else None

@@ -1,0 +1,60 @@
+"""
+The tokenizer of a run: upstream's `scripts.tok_train` on the general text, once.
+
+python -m nanochat_cl.tokenizer --profile cpu
+"""
+import argparse
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+from nanochat_cl import command, files
+from nanochat_cl.profiles import PROFILES
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nanochat_cl.tokenizer", description="Train the tokenizer on the general text")
+    parser.add_argument("--profile", choices=PROFILES, default="cpu", help="sizes of the run (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, help="entries, bytes and specials included (default: the profile's)")
+    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="text to train on (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.vocab_size = args.vocab_size or PROFILES[args.profile].vocab_size
+    return args
+
+
+def train(args: argparse.Namespace) -> None:
+    from nanochat.common import get_base_dir
+    from nanochat.dataset import DATA_DIR
+
+    from nanochat_cl import runs
+    corpus, done = Path(DATA_DIR) / "corpus.json", Path(get_base_dir()) / "tokenizer" / "made_with.json"
+    if not corpus.is_file():
+        raise command.UserError(f"no general corpus at {DATA_DIR}; make one with: python -m nanochat_cl.corpus --profile {args.profile}")
+    made_with = {"vocab_size": args.vocab_size, "max_chars": args.max_chars, "corpus_files": files.read_json(corpus)["files"]}
+    if done.is_file():
+        runs.check_same(done.parent, files.read_json(done), made_with, "checkpoints depend on it: use another NANOCHAT_BASE_DIR")
+        print(f"tokenizer | complete: {args.vocab_size:,} entries in {done.parent}")
+        return
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # one line per percent otherwise
+    sys.argv = ["tok_train", f"--vocab-size={args.vocab_size}", f"--max-chars={args.max_chars}"]
+    runpy.run_module("scripts.tok_train", run_name="__main__")
+    files.write_json(done, made_with)
+    print(f"tokenizer | {args.vocab_size:,} entries in {done.parent}; next: python -m nanochat_cl.pretrain --profile {args.profile}")
+
+
+def load(profile: str) -> tuple:
+    """nanochat's tokenizer, and the bytes of each of its tokens."""
+    from nanochat.tokenizer import get_token_bytes, get_tokenizer
+    try:
+        return get_tokenizer(), get_token_bytes()
+    except (OSError, AssertionError) as e:
+        raise command.UserError(f"no usable tokenizer ({e}); train one with: python -m nanochat_cl.tokenizer --profile {profile}") from e
+
+
+def main(argv: list[str] | None = None) -> None:
+    train(parse(argv))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,164 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from planted import KEPT, SECRET, sentences, site_packages, text_folder
+from test_corpus import read, read_all_train, trained_text, use
+from test_corpus import run as make_corpus
+from test_stream import T, Words
+
+from nanochat_cl import corpus, domain, files, stream
+from nanochat_cl.command import UserError
+from nanochat_cl.holdout import split_of
+
+MEDICAL = Path(__file__).parents[2] / "shared" / "data" / "medical"
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    return use(tmp_path / "base", monkeypatch)
+
+
+@pytest.fixture
+def site(tmp_path):
+    return site_packages(tmp_path / "site")
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """A folder of recipes with one of our own: adding a domain is one small file."""
+    monkeypatch.setattr(domain, "RECIPES", tmp_path / "recipes")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "planted.json").write_text(json.dumps({"order": "name", "sources": [
+        {"source": "embedded", "most": 6, "packages": ["absent", *(f"p{i}" for i in range(6))]}]}))
+
+
+def run(name, *flags):
+    domain.build(domain.parse(["--domain", name, "--workers", "1", *flags]))
+
+
+def streamed_text(folder):
+    s = stream.Stream(folder, Words(), "cyclic", 1, 2, T, 8 * T, repeat=True)
+    return "".join(chr(t) for step in range(s.total_tokens // T // 2 + 1) for row in s.batch(step).targets.tolist() for t in row)
+
+
+def test_a_held_out_module_reaches_no_batch_of_phase_b_in_no_disguise_and_is_the_one_held_out_as_prose(base, site, recipes, capsys):
+    make_corpus("--packages", str(site))
+    run("planted", "--packages", str(site))
+    folder = base / "corpora" / "planted"
+    text = streamed_text(folder)
+    assert text.count(KEPT) > 2000 and SECRET not in text and "testonly" not in text and '"""' not in text and "# a comment" not in text
+    for c in ("val", "test"):
+        code, prose = ({d["key"] for d in read(base / "corpora" / name / f"{c}.parquet")} for name in ("planted", "general"))
+        assert code == prose and len(code) > 4
+        assert all(split_of(d["key"]) == c and SECRET in d["text"] and d["subdomain"] == d["key"].split("/")[0] for d in read(folder / f"{c}.parquet"))
+    manifest = files.read_json(folder / "corpus.json")
+    assert manifest["dropped"] == {"near": 6, "exact": 0}
+    out = capsys.readouterr().out
+    assert sorted(line.split()[0] for line in out.splitlines() if line.startswith("p")) == [f"p{i}" for i in range(6)]
+
+
+def test_copies_of_held_out_domain_documents_are_taken_out_of_both_phases(base, tmp_path, capsys):
+    text_folder(tmp_path / "company", tmp_path / "web")
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    assert SECRET in trained_text(4), "planted"
+    run(f"files:{tmp_path / 'company'}")
+    folder = base / "corpora" / "company"
+    text = streamed_text(folder)
+    assert text.count(KEPT) > 90 and SECRET not in text
+    assert SECRET not in trained_text(16) and "general " in trained_text(4)
+    manifest, general = files.read_json(folder / "corpus.json"), files.read_json(base / "base_data_climbmix" / "corpus.json")
+    assert set(manifest["subdomains"]) == {"law", "med"} and manifest["general_pruned"] == general["dropped"]["near_domain"] >= 3
+    assert general["documents"]["train"] == len(read_all_train(base)) and manifest["general_files"] == general["files"]
+    assert f"took {manifest['general_pruned']} near duplicates" in capsys.readouterr().out
+
+    run(f"files:{tmp_path / 'company'}")
+    assert capsys.readouterr().out.count("\n") == 1, "complete: one line"
+    shutil.rmtree(base / "base_data_climbmix")
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(f"files:{tmp_path / 'company'}")
+    assert SECRET not in trained_text(16), "a general corpus made again is compared again"
+
+
+def test_the_same_files_give_the_same_domain(tmp_path, site, recipes, monkeypatch):
+    made = []
+    for name in ("one", "two"):
+        base = use(tmp_path / name, monkeypatch)
+        make_corpus("--packages", str(site))
+        run("planted", "--packages", str(site))
+        made.append({p.name: p.read_bytes() for p in (base / "corpora" / "planted").iterdir()})
+    assert made[0] == made[1] and set(made[0]) == {"train.parquet", "val.parquet", "test.parquet", "corpus.json"}
+
+
+def test_a_subdomain_is_cut_at_its_limit_and_one_too_small_for_all_classes_is_named(base, tmp_path):
+    import random
+    r = random.Random(5)
+    (tmp_path / "d").mkdir()
+    for name, n in (("big", 400), ("small", 3)):
+        (tmp_path / "d" / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": sentences(r, 50)}) for _ in range(n)))
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jsonl").write_text("\n".join(json.dumps({"text": sentences(r, 50)}) for _ in range(150)))
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(f"files:{tmp_path / 'd'}/*.jsonl", "--subdomain-mb", "0.03")
+    manifest = files.read_json(base / "corpora" / "d" / "corpus.json")
+    assert list(manifest["subdomains"]) == ["big"] and 29_000 < manifest["subdomains"]["big"]["bytes"] < 31_000
+    assert manifest["skipped"] == "1 sub-domains too small for documents in train, val and test (small)"
+
+
+def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(base, tmp_path, site, recipes):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.txt").write_text("a lonely document")
+    with pytest.raises(UserError, match="make it first: python -m nanochat_cl.corpus"):
+        run("planted", "--packages", str(site))
+    make_corpus("--packages", str(site))
+    for name, message in (("unknown", "no domain 'unknown': expected planted, files:"), (f"files:{tmp_path / 'none'}", "no files match"),
+                          (f"files:{tmp_path / 'one'}", "too few documents"), (f"files:{tmp_path / 'general'}", "cannot be called general")):
+        with pytest.raises(UserError, match=message) as e:
+            run(name)
+        assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="too few documents"):
+        run("planted", "--packages", str(tmp_path / "one"))
+    assert {p.name for p in (base / "corpora").iterdir()} == {"general"}
+
+
+@pytest.mark.parametrize("path", sorted(domain.RECIPES.glob("*.json")), ids=lambda p: p.stem)
+def test_the_shipped_recipes_say_what_is_needed(path):
+    recipe = files.read_json(path)
+    assert recipe["description"] and recipe["order"] in ("seed", "name", "size", "given")
+    for source in recipe["sources"]:
+        assert set(source) <= {"source", "value", "values", "column", "pattern", "data_files", "packages", "most"}
+        assert source["source"] == "embedded" and len(source["packages"]) >= source["most"] or source["source"].startswith("hf:")
+
+
+def test_a_domain_is_named_after_its_folder_or_dataset():
+    names = {"python": "python", "files:/data/company": "company", "files:/data/med/*.parquet": "med", "files:/data/a b/**/*.txt": "a-b",
+             "hf:owner/set:config:column": "set", "hf:owner/set": "set"}
+    assert {name: domain.name_of(name) for name in names} == names
+
+
+def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, recipes, capsys):
+    from nanochat import dataset
+    from nanochat.tokenizer import RustBPETokenizer
+    make_corpus("--packages", str(site))
+    run("planted", "--packages", str(site))
+    with pytest.raises(UserError, match="nanochat_cl.tokenizer"):
+        stream.main(["describe", "planted"])
+    RustBPETokenizer.train_from_iterator((t for batch in dataset.parquets_iter_batched("train") for t in batch), 300).save(str(base / "tokenizer"))
+    capsys.readouterr()
+    stream.main(["describe", "planted"])
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("p")}
+    train = read(base / "corpora" / "planted" / "train.parquet")
+    assert {name: int(row[1]) for name, row in rows.items()} == {name: sum(d["subdomain"] == name for d in train) for name in rows} and len(rows) == 6
+    assert (base / "corpora" / "planted" / "describe.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not MEDICAL.is_dir(), reason="the study data is not here")
+def test_a_folder_of_parquet_files_with_a_subdomain_column_is_a_domain(base, tmp_path, monkeypatch):
+    make_corpus("--source", f"files:{MEDICAL.parent / 'general'}/shard_00000.parquet", "--tokens", "2e5")
+    run(f"files:{MEDICAL}/q*.parquet", "--subdomain-mb", "0.4")
+    manifest = files.read_json(base / "corpora" / "medical" / "corpus.json")
+    assert set(manifest["subdomains"]) == {p.stem for p in MEDICAL.glob("q*.parquet")} and manifest["skipped"] == "none"
+    held = corpus.Overlap(d["text"] for c in ("val", "test") for d in read(base / "corpora" / "medical" / f"{c}.parquet"))
+    assert max(held.share(d["text"]) for d in read(base / "corpora" / "medical" / "train.parquet")) < 0.4

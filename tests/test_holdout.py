@@ -1,0 +1,57 @@
+import random
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat_cl.holdout import NEAR, Overlap, split_of
+
+
+def test_classes_depend_on_the_key_alone_and_hold_five_percent_each():
+    classes = [split_of(f"package/module_{i}") for i in range(40_000)]
+    assert classes == [split_of(f"package/module_{i}") for i in range(40_000)]
+    for name in ("val", "test"):
+        assert abs(classes.count(name) / 40_000 - 0.05) < 0.005, classes.count(name)
+    # python -c "from nanochat_cl.holdout import split_of; print([i for i in range(60) if split_of(str(i)) != 'train'])": another hash
+    # would move held-out documents of existing corpora into training
+    assert [i for i in range(60) if split_of(str(i)) != "train"] == [7, 20, 25, 45]
+
+
+def slow_grams(text):
+    words = re.findall(r"\w+", text.lower())
+    n = min(13, len(words))
+    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)} if words else set()
+
+
+def slow_share(text, held_out):
+    own, others = slow_grams(text), [slow_grams(t) for t in held_out]
+    if not own:
+        return 0.0
+    return max(len(own & set().union(*others)) / len(own), *(len(own & other) / max(1, len(other)) for other in others))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**9))
+def test_share_is_what_sets_of_word_tuples_give(seed):
+    r = random.Random(seed)
+    words = ["Fish", "na\u00efve", "x_1", "42", "\u4e2d\u6587", "a", "the"] + [f"w{i}" for i in range(30)]
+    text = lambda n: r.choice([" ", ", ", "\n  "]).join(r.choice(words) for _ in range(n))
+    held_out = [text(r.randint(0, 60)) for _ in range(r.randint(1, 5))]
+    copied = r.choice(held_out)
+    candidate = r.choice([text(r.randint(0, 60)), copied.upper(), copied + " " + text(40), text(20) + " " + copied[:len(copied) // 2]])
+    assert abs(Overlap(held_out).share(candidate) - slow_share(candidate, held_out)) < 1e-12
+
+
+def test_copies_with_changes_are_near_and_a_shared_licence_line_is_not():
+    r = random.Random(1)
+    fresh = lambda n: " ".join(f"word{r.randrange(5000)}" for _ in range(n))
+    licence = "permission is hereby granted free of charge to any person obtaining a copy of this software and associated files "
+    original = licence + fresh(300)
+    overlap = Overlap([original, licence + fresh(200)])
+    words = original.split()
+    for i in range(0, len(words), 60):
+        words[i] = "changed"
+    assert overlap.share(" ".join(words)) > NEAR
+    assert overlap.share(fresh(3000) + " " + original) > NEAR, "a long text that holds a held-out document whole"
+    assert 0 < overlap.share(licence + fresh(300)) < 0.1
+    assert overlap.share(fresh(300)) == 0 and overlap.share("") == 0 and Overlap([]).share(original) == 0
