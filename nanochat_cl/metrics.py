@@ -1,0 +1,111 @@
+"""
+The numbers of continual learning. Scores are -bpb: higher is better. A sub-domain's column is j, in the order of the first visits.
+
+R[i, j]: score on j after visit i (T x T).  A[t, j]: score on j at milestone t, the first row is the Phase A model.
+b[j]: score of the Phase A model.  a[j]: of a reference model, trained on j alone or on all at once.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def after_visits(R: np.ndarray, b: np.ndarray, a: np.ndarray | None = None) -> dict[str, float]:
+    """Metrics of the visit matrix, T >= 2; `intransigence` needs a reference."""
+    learned = np.diag(R)
+    values = {
+        "acc": R[-1].mean(),                                # Lopez-Paz & Ranzato 2017
+        "bwt": (R[-1] - learned)[:-1].mean(),               # same: what has changed since the own visit
+        "fwt": (np.diag(R, 1) - b[1:]).mean(),              # same: what earlier visits had given just before the own one
+        "forgetting": (R[:-1].max(0) - R[-1])[:-1].mean(),  # Chaudhry 2018: best of the *earlier* rows - last row, without the last column
+        "learning_accuracy": learned.mean(),                # Riemer 2019: right after the own visit
+    }
+    if a is not None:
+        values["intransigence"] = (a - learned).mean()      # Chaudhry 2018, mean over k: what the reference does better at its learning
+    return {name: float(value) for name, value in values.items()}
+
+
+def over_milestones(A: np.ndarray, ends: list[int]) -> dict[str, float]:
+    """Metrics of the curves, two or more sub-domains; ends[j] is the milestone that ends the first visit to j."""
+    worst = float(np.mean([A[end:, j].min() for j, end in enumerate(ends[:-1])]))
+    return {"average_anytime": float(A.mean(1).mean()),     # Caccia 2022: mean over milestones of ACC(t), over all sub-domains
+            "min_acc": worst,                               # De Lange 2023: worst score since the own visit, all but the last
+            "wc_acc": float(A[-1, -1] / len(ends) + (1 - 1 / len(ends)) * worst)}  # same: 1/k of the last one's score, the rest worst case
+
+
+def stability_gap(tokens: np.ndarray, m: np.ndarray) -> tuple[float, float]:
+    """Depth m[0] - min m, and tokens until the score is back at m[0] after the first dip: (0, 0) without a dip, infinite if it never is."""
+    below = m < m[0]
+    back = np.flatnonzero(~below & np.maximum.accumulate(below)) if below.any() else [0]
+    return float(m[0] - m.min()), float(tokens[back[0]] - tokens[0]) if len(back) else math.inf
+
+
+def selectivity(first: dict, last: dict, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
+    """
+    Facts lost / floor lost between two records, and its 95 % bootstrap interval over items, in bpb of an item's right choice.
+    0 if no facts were lost; infinite if facts were and the floor was not.
+    """
+    r, means = np.random.default_rng(seed), []
+    for group in ("facts", "floor"):
+        pairs = [pair for kind in first[group] for pair in zip(first[group][kind]["items"], last[group][kind]["items"])]
+        lost = np.array([now - then for (then, _), (now, _) in pairs])
+        means.append([lost.mean(), *(r.choice(lost, len(lost)).mean() for _ in range(resamples))])
+    ratios = [0.0 if facts <= 0 else float(facts / floor) if floor > 0 else math.inf for facts, floor in zip(*means)]
+    low, high = map(float, np.quantile(ratios[1:], [0.025, 0.975], method="nearest"))
+    return {"selectivity": ratios[0], "selectivity_low": low, "selectivity_high": high}
+
+
+# --- plasticity
+
+def dormant_share(activity: np.ndarray, tau: float) -> float:
+    """Share of units whose activity, mean |h| (units,), is at most `tau` of the layer's average (ReDo)."""
+    return float((activity <= tau * activity.mean()).mean())
+
+
+def effective_rank(sigma: np.ndarray) -> float:
+    """exp of the entropy of normalised singular values (Roy & Vetterli); 0 for the zero matrix."""
+    p = sigma[sigma > 0] / sigma.sum() if sigma.any() else np.ones(0)
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
+
+
+@torch.no_grad()
+def plasticity(model: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
+    """
+    For inputs x (B, T): share of dormant MLP units, for three tau, mean over layers; rank of the residual stream after the last layer;
+    mean |w| of all layers. Of a block-sparse MLP (G, b, n) every unit is looked at as if its block were on. Leaves the eval mode on.
+    """
+    layers, inputs, last = list(model.transformer.h), [], []
+    hooks = [layer.mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0].flatten(0, 1).float())) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(lambda layer, args, output: last.append(output.flatten(0, 1).double().cpu())))
+    model.eval()
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    hidden = (F.relu(value @ layer.mlp.c_fc.weight.float().flatten(0, -2).T).square() for layer, value in zip(layers, inputs))
+    activity, weights = [h.mean(0).cpu().numpy() for h in hidden], [p.float().abs() for layer in layers for p in layer.parameters()]
+    return {**{f"dormant_{tau}": float(np.mean([dormant_share(a, tau) for a in activity])) for tau in (0.0, 0.025, 0.1)},
+            "effective_rank": effective_rank(torch.linalg.svdvals(last[0]).numpy()),
+            "mean_abs_weight": float(sum(w.sum() for w in weights) / sum(w.numel() for w in weights))}
+
+
+# --- from the records of records.jsonl
+
+def continual(records: list[dict], arm: str, split: str = "val", **where) -> dict[str, float]:
+    """
+    Every metric of one run, which `where` (seed=, recipe=) must single out; empty before two sub-domains were seen. A first visit ends at
+    the last milestone before the next new sub-domain shows up in `seen`; where several begin between two milestones they share one.
+    Selectivity needs facts to be asked. ValueError when there are no records, or several of one milestone.
+    """
+    rows = sorted((r for r in records if r["arm"] == arm and all(r[k] == v for k, v in where.items())), key=lambda r: r["milestone"])
+    if not rows or len({r["milestone"] for r in rows}) < len(rows):
+        raise ValueError(f"expected one record per milestone of arm {arm} {where}, got {len(rows)} records; name seed= and recipe=")
+    order = list(dict.fromkeys(s for r in rows for s in r["seen"]))
+    if len(order) < 2:
+        return {}
+    A = np.array([[-r["domain"][split]["subdomains"][s]["bpb"] for s in order] for r in rows])
+    begun = [next(t for t, r in enumerate(rows) if s in r["seen"]) for s in order]
+    ends = [max(begin, after - 1) for begin, after in zip(begun, [*begun[1:], len(rows)])]
+    depth, width = stability_gap(np.array([r["tokens"] for r in rows]), A.mean(1))
+    found = {**after_visits(A[ends], A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
+    return {**found, **selectivity(rows[0], rows[-1])} if rows[0].get("facts") else found

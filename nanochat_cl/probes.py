@@ -1,0 +1,163 @@
+"""
+The floor: fluency and basic inference on nonce words, so that nothing can be memorised.
+
+Procedural items come in twins: the same words and the same two choices, and a context that makes the one or the other right. Whoever looks
+at the choices alone (their length, their frequency) is right on exactly half of the items. Items depend on the seed only.
+"""
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanochat_cl import evaluate
+from nanochat_cl.seeds import seed_for
+
+LEVELS = 3  # 0 easy .. 2 hard: distance, steps, or number of things to keep apart
+ADJECTIVES, VERBS = ["small", "old", "red", "new", "big", "good"], ["saw", "found", "liked", "helped", "followed"]
+# The end of this stands before short contexts, so that no choice falls into the first chunk, which Model-CL routes by a constant.
+LEAD_IN = "What follows is one more of the plain sentences that were written down for this list of short examples.".split()
+Made = tuple[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Which choice follows its context?"""
+    kind: str
+    context: str
+    choices: tuple[str, ...]
+    gold: int
+    per_byte: bool = False  # compare log-probability per byte (choices of free length), not in total
+
+
+def nonce(r: random.Random, n: int) -> list[str]:
+    """`n` different pronounceable words of five letters; the letters are chosen such that hardly any is English."""
+    words: dict[str, None] = {}
+    while len(words) < n:
+        words["".join(map(r.choice, ("bdfklmnprst", "aeiou", "vzkgp", "aiou", "lmn")))] = None
+    return list(words)
+
+
+# --- makers: (generator, level, flip) -> (context, two choices). choices[flip] is right; both twins draw the same numbers. First fluency.
+
+def agreement(r: random.Random, level: int, flip: bool) -> Made:
+    subject, *others = nonce(r, 1 + level)  # `level` nouns of the other number stand between subject and verb
+    nouns = [subject + "s" * flip] + [w + "s" * (not flip) for w in others]
+    return "The " + " near the ".join(nouns), r.choice([("is", "are"), ("was", "were"), ("has", "have")])
+
+def order(r: random.Random, level: int, flip: bool) -> Made:
+    a, b = nonce(r, 2)
+    good = ["the", r.choice(ADJECTIVES), a, r.choice(VERBS), "the", b]
+    bad, i = list(good), (4, 2, 1)[level]
+    bad[i], bad[i + 1] = bad[i + 1], bad[i]
+    both = " ".join(good) + ".", " ".join(bad) + "."
+    return "They said that", both[::-1] if flip else both
+
+def polarity(r: random.Random, level: int, flip: bool) -> Made:
+    subject = r.choice([("Somebody", "Nobody"), ("Someone", "No one"), ("All of them", "None of them")])[flip]
+    between = "".join(f" near the {w}" for w in nonce(r, level))
+    return f"{subject}{between} {r.choice(VERBS)}", r.choice([("something", "anything"), ("someone", "anyone")])
+
+def anaphora(r: random.Random, level: int, flip: bool) -> Made:
+    people = [("man", "boy", "king"), ("woman", "girl", "queen"), ("people", "children", "kings")]
+    pair = r.sample([(r.choice(who), word) for who, word in zip(people, ("himself", "herself", "themselves"))], 2)
+    subject, other = pair[flip][0], pair[not flip][0]
+    between = ("", f" near the {other}", f" who {r.choice(VERBS)} the {other} near the {nonce(r, 1)[0]}")[level]
+    return f"The {subject}{between} {r.choice(VERBS)}", (pair[0][1], pair[1][1])
+
+# Inference. `n` words a side, of which the first ones are asked for.
+
+def transitivity(r: random.Random, level: int, flip: bool) -> Made:
+    names = nonce(r, 2 + level)
+    chain = [names[-1], *names[1:-1], names[0]] if flip else names
+    more, less = r.choice([("taller", "shorter"), ("older", "younger"), ("faster", "slower")])
+    said = [f"{a} is {more} than {b}." if r.random() < 0.5 else f"{b} is {less} than {a}." for a, b in zip(chain, chain[1:])]
+    r.shuffle(said)
+    (ask, choices), (x, y) = r.choice([(more, (names[0], names[-1])), (less, (names[-1], names[0]))]), r.sample([names[0], names[-1]], 2)
+    return f"We know: {' '.join(said)} Of {x} and {y}, the {ask} one is", choices
+
+def syllogism(r: random.Random, level: int, flip: bool) -> Made:
+    words, n = nonce(r, 2 * (level + 2)), level + 2
+    a, b = words[:n], words[n:]
+    if flip:
+        a[-1], b[-1] = b[-1], a[-1]
+    said = [f"All {x}s are {y}s." for chain in (a, b) for x, y in zip(chain, chain[1:])]
+    r.shuffle(said)
+    return f"{' '.join(said)} So all {a[0]}s are", (f"{words[n - 1]}s", f"{words[-1]}s")
+
+def if_then(r: random.Random, level: int, flip: bool) -> Made:
+    words, n = nonce(r, 2 * (level + 2)), level + 2
+    said = [f"If it is {a}, then it is {b}." for a, b in zip(words[:n], words[n:])]
+    r.shuffle(said)
+    return f"{' '.join(said)} It is {words[flip]}, so it is", (words[n], words[n + 1])
+
+def negation(r: random.Random, level: int, flip: bool) -> Made:
+    a, b, *others = nonce(r, 2 + 2 * level)
+    aside = "".join(f" The {x} is {y}." for x, y in zip(others[::2], others[1::2]))
+    return f"The box is {' or '.join(r.sample([a, b], 2))}.{aside} The box is {'not ' * flip}{a}, so it is", (a, b)
+
+def copying(r: random.Random, level: int, flip: bool) -> Made:
+    words = nonce(r, (3, 4, 6)[level])
+    at, later = r.randrange(1, len(words) - 1), r.randrange(2)  # of the two that the twins swap, the first or the second is asked for
+    pair = words[at], words[at + 1]
+    words[at:at + 2] = pair[::-1] if flip else pair
+    return f"Say {' '.join(words)}. Again, say {' '.join(words[:at + later])}", pair[::-1] if later else pair
+
+def induction(r: random.Random, level: int, flip: bool) -> Made:
+    words, n = nonce(r, 2 * (level + 2)), level + 2
+    pairs = [f"{a} {b}" for a, b in zip(words[:n], words[n:])]
+    r.shuffle(pairs)
+    return f"The pairs are {', '.join(pairs)}, {words[flip]}", (words[n], words[n + 1])
+
+def brackets(r: random.Random, level: int, flip: bool) -> Made:
+    a, b, c = r.sample(["()", "[]", "{}"], 3)
+    x, y = (b, a) if flip else (a, b)   # x is still open
+    closed = (x, y, c)[r.randrange(3)]
+    pending = (closed + x[0], x[0] + closed, x[0] + c[0] + closed + c[1])[level]
+    shown = r.sample([a[0] + b + a[1], b[0] + a + b[1]], 2)
+    return f"Closed brackets: {' '.join(''.join(shown) + pending)}", (a[1], b[1])
+
+def counting(r: random.Random, level: int, flip: bool) -> Made:
+    low, names = r.randint(1, 2 + level), ["one", "two", "three", "four", "five"]
+    numbers, word = r.sample([low, low + 3 - level], 2), nonce(r, 1)[0]
+    return f"Here we see {' and '.join([word] * numbers[flip])}. The number of {word}s is", (names[numbers[0] - 1], names[numbers[1] - 1])
+
+
+FLUENCY = (agreement, order, polarity, anaphora)
+INFERENCE = (transitivity, syllogism, if_then, negation, copying, induction, brackets, counting)
+KINDS = {make.__name__: make for make in FLUENCY + INFERENCE}
+
+
+def items(per_kind: int, seed: int = 0) -> list[Item]:
+    """`per_kind` items (rounded up to whole twins) of each kind, levels in turn; fewer items of the same seed are the first of them."""
+    made = []
+    for kind, make in KINDS.items():
+        for i in range(per_kind + per_kind % 2):
+            context, choices = make(random.Random(seed_for(seed, f"probe/{kind}/{i // 2}")), i // 2 % LEVELS, i % 2 == 1)
+            missing = evaluate.FIRST_CHUNK - len(re.findall(r"\w+|[^\w\s]", context))  # a word or a mark is a token at least
+            context = " ".join(LEAD_IN[-missing:] + [context]) if missing > 0 else context
+            made.append(Item(kind, context, tuple(f" {choice}" for choice in choices), i % 2))
+    return made
+
+
+def score_probes(model: torch.nn.Module, tokenizer, token_bytes: torch.Tensor, items: list[Item], rows: int) -> dict[str, dict]:
+    """
+    {kind: {"accuracy", "gold_bpb", "chance", "items": [[gold_bpb, correct], ...]}}: bits per byte of the right choice given its context
+    (mean over items), how often it is the likeliest, and would be by chance. Of what exceeds the model's sequence_len the end is kept.
+    """
+    pairs = [(item.context, choice) for item in items for choice in item.choices]
+    ids = dict(zip(texts := sorted({text for pair in pairs for text in pair}), tokenizer.encode(texts)))
+    sequences = [[tokenizer.get_bos_token_id(), *(ids[context] + ids[choice])[-model.config.sequence_len:]] for context, choice in pairs]
+    first = [max(len(sequence) - len(ids[choice]), 1) for sequence, (_, choice) in zip(sequences, pairs)]
+    scores = evaluate.score(model, evaluate.plan([choice for _, choice in pairs], sequences, rows, first), token_bytes)
+    asked: dict[str, list[tuple[float, int, float]]] = {}
+    for item, end in zip(items, np.cumsum([len(item.choices) for item in items])):
+        nats, size = scores[end - len(item.choices):end].T
+        best, gold_bpb = np.argmin(nats / size if item.per_byte else nats), evaluate.bpb(nats[item.gold], size[item.gold])
+        asked.setdefault(item.kind, []).append((gold_bpb, int(best == item.gold), 1 / len(item.choices)))
+    result = {}
+    for kind, rows in asked.items():
+        gold_bpb, accuracy, chance = map(float, np.mean(rows, axis=0))
+        result[kind] = {"accuracy": accuracy, "gold_bpb": gold_bpb, "chance": chance, "items": [list(row[:2]) for row in rows]}
+    return result

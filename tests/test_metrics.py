@@ -1,0 +1,170 @@
+"""nanochat_cl.metrics: every formula against numbers worked out by hand, and failures planted into a model."""
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import BOS, tiny_gpt
+
+from nanochat_cl import metrics
+
+#            0    1    2
+R = np.array([[8.0, 3.0, 1.0],   # after visit 0
+              [6.0, 9.0, 2.0],   # after visit 1
+              [7.0, 5.0, 6.0]])  # after visit 2
+B = np.array([2.0, 2.0, 2.0])    # Phase A
+A_REF = np.array([9.0, 9.0, 9.0])
+
+
+def test_the_visit_matrix_gives_the_hand_computed_metrics():
+    found = metrics.after_visits(R, B, A_REF)
+    assert found["acc"] == pytest.approx((7 + 5 + 6) / 3)
+    assert found["bwt"] == pytest.approx(((7 - 8) + (5 - 9)) / 2)
+    assert found["fwt"] == pytest.approx(((3 - 2) + (2 - 2)) / 2)
+    # the best of the rows before the last: 8 for column 0, 9 for column 1 (Mammoth would take the last row in, Avalanche the first only)
+    assert found["forgetting"] == pytest.approx(((8 - 7) + (9 - 5)) / 2)
+    assert found["learning_accuracy"] == pytest.approx((8 + 9 + 6) / 3)
+    assert found["intransigence"] == pytest.approx(((9 - 8) + (9 - 9) + (9 - 6)) / 3)
+    assert "intransigence" not in metrics.after_visits(R, B)
+
+
+def test_forgetting_is_negative_when_the_end_is_the_best():
+    better = np.array([[1.0, 0.0], [3.0, 5.0]])
+    assert metrics.after_visits(better, np.zeros(2))["forgetting"] == pytest.approx(1 - 3)
+
+
+def test_curves_give_the_hand_computed_anytime_and_worst_case_scores():
+    A = np.array([[2.0, 2.0], [6.0, 1.0], [3.0, 4.0], [5.0, 7.0]])
+    found = metrics.over_milestones(A, ends=[1, 3])
+    assert found["average_anytime"] == pytest.approx((2 + 3.5 + 3.5 + 6) / 4)
+    assert found["min_acc"] == pytest.approx(3.0)                    # column 0 from milestone 1 on: 6, 3, 5
+    assert found["wc_acc"] == pytest.approx(7 / 2 + (1 - 1 / 2) * 3)
+
+
+@pytest.mark.parametrize("scores, expected", [
+    ([5.0, 4.0, 3.0, 5.5, 6.0], (2.0, 300.0)),      # down to 3, back after 300 tokens
+    ([5.0, 5.5, 4.0, 5.0, 1.0], (4.0, 300.0)),      # the first dip is what the width measures, the deepest what the depth does
+    ([5.0, 5.0, 6.0], (0.0, 0.0)),                  # no dip
+    ([5.0, 4.0, 4.5], (1.0, math.inf)),             # never back
+])
+def test_the_stability_gap_has_a_depth_and_a_width(scores, expected):
+    assert metrics.stability_gap(np.arange(len(scores)) * 100, np.array(scores)) == pytest.approx(expected)
+
+
+def asked(facts: np.ndarray, floor: np.ndarray) -> dict:
+    """A record's groups of probes, with these bpb of the items' right choices; two probes in each."""
+    group = lambda bpb: {name: {"items": [[float(x), 1] for x in part]} for name, part in zip("pq", np.array_split(bpb, 2))}
+    return {"facts": group(facts), "floor": group(floor)}
+
+
+def test_selectivity_is_facts_lost_over_floor_lost_with_an_interval_that_holds_it():
+    r = np.random.default_rng(0)
+    facts, floor, start = r.normal(0.4, 0.1, 200), r.normal(0.1, 0.1, 200), r.uniform(1, 3, 200)
+    ratio, low, high = metrics.selectivity(asked(start, start), asked(start + facts, start + floor)).values()
+    assert ratio == pytest.approx(facts.mean() / floor.mean()) and low < ratio < high
+    # the delta method's 95 % interval, an independent formula
+    error = ratio * math.hypot(facts.std() / facts.mean(), floor.std() / floor.mean()) / math.sqrt(200)
+    assert (ratio - low, high - ratio) == pytest.approx((1.96 * error, 1.96 * error), rel=0.3)
+    same = lambda facts, floor: tuple(metrics.selectivity(asked(*np.zeros((2, 9))), asked(np.full(9, facts), np.full(9, floor))).values())
+    assert same(0.4, 0.1) == pytest.approx((4.0, 4.0, 4.0)) and same(-0.4, 0.1) == (0.0,) * 3 and same(0.4, -0.1) == (math.inf,) * 3
+
+
+H = np.array([[1.0, 0.02, 0.0, 3.0],
+              [1.0, 0.02, 0.0, 1.0]])  # mean |h| 1, 0.02, 0, 2; the layer's average is 0.755
+
+
+def test_dormant_units_are_counted_by_hand():
+    activity = H.mean(0)
+    assert metrics.dormant_share(activity, 0.0) == 1 / 4
+    assert metrics.dormant_share(activity, 0.025) == 1 / 4     # 0.02 > 0.025 * 0.755
+    assert metrics.dormant_share(activity, 0.1) == 2 / 4
+    assert metrics.dormant_share(np.zeros(3), 0.025) == 1.0
+
+
+def test_the_effective_rank_of_known_spectra():
+    assert metrics.effective_rank(np.ones(5)) == pytest.approx(5)
+    assert metrics.effective_rank(np.array([3.0, 0.0])) == pytest.approx(1)
+    assert metrics.effective_rank(np.array([0.5, 0.25, 0.25])) == pytest.approx(2 ** 1.5)  # entropy 1.5 bits
+    assert metrics.effective_rank(np.zeros(3)) == 0
+
+
+def inputs() -> torch.Tensor:
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 300, (4, 32)))
+    x[:, 0] = BOS
+    return x
+
+
+def test_the_panel_catches_zeroed_units_and_a_collapsed_stream():
+    model, x = tiny_gpt(), inputs()
+    healthy = metrics.plasticity(model, x)
+    assert healthy["dormant_0.0"] < 0.02 and healthy["effective_rank"] > 8, healthy
+    with torch.no_grad():
+        for layer in model.transformer.h:
+            layer.mlp.c_fc.weight[:64] = 0              # half of the 128 units
+    dead = metrics.plasticity(model, x)
+    assert dead["dormant_0.0"] >= 0.5 and dead["mean_abs_weight"] < healthy["mean_abs_weight"], dead
+    with torch.no_grad():                               # every token looks the same, so the stream has one direction a position at most
+        for table in (model.transformer.wte, *model.value_embeds.values()):
+            table.weight[:] = table.weight[0].clone()
+    collapsed = metrics.plasticity(model, x)
+    assert collapsed["effective_rank"] < 1.5, (healthy, collapsed)
+
+
+def test_the_panel_measures_what_the_mlp_puts_out_and_leaves_no_hook():
+    model, x, hidden = tiny_gpt(), inputs(), []
+    hooks = [layer.mlp.c_proj.register_forward_hook(lambda module, args, out: hidden.append(args[0])) for layer in model.transformer.h]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    found = metrics.plasticity(model, x)
+    for tau in (0.0, 0.025, 0.1):
+        activity = [h.reshape(-1, 128).mean(0) for h in hidden]
+        assert found[f"dormant_{tau}"] == pytest.approx(np.mean([(a <= tau * a.mean()).float().mean().item() for a in activity]))
+    weights = torch.cat([p.detach().abs().flatten() for layer in model.transformer.h for p in layer.parameters()])
+    assert found["mean_abs_weight"] == pytest.approx(weights.mean().item(), rel=1e-5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def record(milestone: int, seen: list[str], bpb: dict[str, float], **more) -> dict:
+    split = {"bpb": sum(bpb.values()) / len(bpb), "subdomains": {s: {"bpb": v, "docs": []} for s, v in bpb.items()}}
+    return {"arm": "cl", "seed": 1, "recipe": "default", "milestone": milestone, "tokens": milestone * 100, "seen": seen,
+            "domain": {"val": split, "test": split}, **more}
+
+
+RECORDS = [record(0, [], {"b": 2.0, "c": 2.0, "a": 2.0}), record(1, ["a"], {"b": 1.9, "c": 2.1, "a": 1.5}),
+           record(2, ["a"], {"b": 1.8, "c": 2.2, "a": 1.0}), record(3, ["a", "b"], {"b": 1.2, "c": 2.0, "a": 1.4}),
+           record(4, ["a", "b", "c"], {"b": 1.3, "c": 1.1, "a": 1.6})]
+
+
+def test_a_run_must_be_singled_out_in_whatever_order_its_records_come():
+    others = [record(0, [], {"b": 9.0, "c": 9.0, "a": 9.0}, seed=2)]
+    assert metrics.continual(RECORDS[::-1] + others, "cl", seed=1) == metrics.continual(RECORDS, "cl")
+    for records, arm in ((RECORDS + others, "cl"), (RECORDS, "dense")):
+        with pytest.raises(ValueError, match="one record per milestone"):
+            metrics.continual(records, arm)
+
+
+def test_the_metrics_of_a_run_follow_from_its_first_visits():
+    found = metrics.continual(RECORDS, "cl")    # visits end at milestones 2 (a), 3 (b), 4 (c)
+    assert found["acc"] == pytest.approx(-(1.6 + 1.3 + 1.1) / 3)
+    assert found["learning_accuracy"] == pytest.approx(-(1.0 + 1.2 + 1.1) / 3)
+    assert found["bwt"] == pytest.approx(((1.0 - 1.6) + (1.2 - 1.3)) / 2)
+    assert found["forgetting"] == pytest.approx(((1.6 - 1.0) + (1.3 - 1.2)) / 2)
+    assert found["fwt"] == pytest.approx(((2.0 - 1.8) + (2.0 - 2.0)) / 2)
+    assert found["min_acc"] == pytest.approx((-1.6 - 1.3) / 2)
+    assert found["wc_acc"] == pytest.approx(-1.1 / 3 + 2 / 3 * found["min_acc"])
+    assert (found["gap_depth_bpb"], found["gap_width_tokens"]) == (0, 0)
+    assert "selectivity" not in found
+    one = np.ones(4)
+    rows = [{**row, **asked(one + milestone, one + milestone / 2)} for milestone, row in enumerate(RECORDS)]
+    assert metrics.continual(rows, "cl")["selectivity"] == pytest.approx(2)
+
+
+def test_two_first_visits_within_one_milestone_share_its_row_and_one_sub_domain_gives_nothing():
+    rows = [RECORDS[0], record(1, ["a", "b"], {"b": 1.0, "c": 2.0, "a": 1.0}), record(2, ["a", "b", "c"], {"b": 1.0, "c": 1.0, "a": 1.0})]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.continual(rows, "cl")["learning_accuracy"] == pytest.approx(-1)
+        assert metrics.continual(RECORDS[:3], "cl") == {}
