@@ -1,0 +1,191 @@
+"""
+Phase A: upstream's own `scripts.base_train`, run under the patches. All its flags pass through and win over the profile's.
+
+python -m nanochat_cl.pretrain --profile cpu --arm dense --seed 42
+torchrun --standalone --nproc_per_node=8 -m nanochat_cl.pretrain --profile h100x8 --arm cl --depth 16
+
+Writes <base>/base_checkpoints/d<depth>_<arm>_s<seed>/: upstream's files, phase_a_begun.json while it trains, phase_a.json at the
+end. Run again it continues from the last whole checkpoint, or says that there is nothing left to do.
+"""
+import argparse
+import hashlib
+import math
+import os
+import runpy
+import sys
+import traceback
+import zipfile
+from pathlib import Path
+
+from nanochat_cl import command, files, machine, upstream
+from nanochat_cl.command import UserError
+from nanochat_cl.profiles import PROFILES
+
+FLAGS = {  # of scripts.base_train, with their defaults there; those of the first line change no weight
+    "run": "dummy", "resume_from_step": -1, "model_tag": None, "eval_every": 250, "core_metric_every": 2000,
+    "core_metric_max_per_task": 500, "sample_every": 2000, "save_every": -1,
+    "device_type": "", "fp8": False, "fp8_recipe": "tensorwise", "depth": 20, "aspect_ratio": 64, "head_dim": 128, "max_seq_len": 2048,
+    "window_pattern": "SSSL", "num_iterations": -1, "target_flops": -1.0, "target_param_data_ratio": 12.0, "device_batch_size": 32,
+    "total_batch_size": -1, "embedding_lr": 0.3, "unembedding_lr": 0.008, "weight_decay": 0.28, "matrix_lr": 0.02, "scalar_lr": 0.5,
+    "warmup_steps": 40, "warmdown_ratio": 0.65, "final_lr_frac": 0.05, "eval_tokens": 80 * 524288}
+INDIFFERENT = tuple(FLAGS)[:8]
+SIZES = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size")  # we count with them, so the script is told
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """profile, arm, seed, and `flags`: every one of base_train's, from the command line, else the profile, else its own default."""
+    parser = argparse.ArgumentParser(prog="nanochat_cl.pretrain", description="Phase A: base_train under the patches", allow_abbrev=False,
+                                     usage="%(prog)s [--profile NAME] [--arm NAME] [--seed N] [flags of scripts.base_train]")
+    parser.add_argument("--profile", choices=PROFILES, default="cpu", help="sizes of the run (default: %(default)s)")
+    parser.add_argument("--arm", default="dense", help="a name of nanochat_cl.arms (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of weights and data order (default: %(default)s)")
+    for name, default in FLAGS.items():
+        kind = {"action": "store_true"} if default is False else {"type": type(default) if default is not None else str}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help="passed on to scripts.base_train", **kind)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args([*PROFILES[parser.parse_args(argv).profile].pretrain, *argv])
+    args.flags = {name: getattr(args, name) for name in FLAGS}
+    return args
+
+
+def check(args: argparse.Namespace, world_size: int) -> None:
+    """Whatever the user can put right, before anything is written; the tokenizer is checked where it is loaded."""
+    import pyarrow.parquet
+    from nanochat.common import autodetect_device_type
+    from nanochat.dataset import list_parquet_files
+
+    from nanochat_cl import arms, runs
+    flags = args.flags
+    if arms.named(args.arm).rows:
+        raise UserError(f"the arm {args.arm} differs in Phase B only: pretrain dense, then evolve it --from <dense's folder>")
+    if args.arm != "dense" and (flags["fp8"] or flags["target_flops"] > 0):
+        raise UserError(f"with --fp8 or --target-flops the arm {args.arm} would not train as dense does: leave them out "
+                        f"(--num-iterations sets the horizon of both)")
+    if world_size > 1 and (flags["device_type"] or autodetect_device_type()) != "cuda":
+        raise UserError(f"{world_size} ranks need CUDA: on other devices nanochat does not synchronise their gradients; use one process")
+    if wrong := [f"{name} {flags[name]}" for name in SIZES if flags[name] < 1]:
+        raise UserError(f"sizes must be positive, got {', '.join(wrong)}")
+    micro_tokens = flags["device_batch_size"] * flags["max_seq_len"] * world_size
+    runs.check_batch(micro_tokens if flags["total_batch_size"] == -1 else flags["total_batch_size"], micro_tokens)
+    if flags["eval_every"] > 0 and flags["eval_tokens"] < micro_tokens:
+        raise UserError(f"--eval-tokens must be at least rows x context x ranks = {micro_tokens:,}, got {flags['eval_tokens']:,}")
+    groups, path, remedy = [], "the general corpus", f"make the corpus again: python -m nanochat_cl.corpus --profile {args.profile}"
+    try:
+        for path in list_parquet_files():
+            shard = pyarrow.parquet.read_metadata(path)
+            groups.append(shard.num_row_groups if "text" in shard.schema.names else 0)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"cannot read {path} ({' '.join(str(e).split())}); {remedy}") from e
+    if len(groups) < 2 or max(groups[:-1]) < world_size or groups[-1] < world_size:
+        raise UserError(f"a training and a validation shard are needed, with a row group of text for each of {world_size} ranks; "
+                        f"there are {len(groups)} shards, with {groups} such row groups; {remedy}")
+
+
+def last_whole_step(folder: Path, world_size: int) -> int:
+    """The last step whose files, those of all ranks, are there and undamaged, else -1. What a later one lacks is said."""
+    for step in sorted((int(path.stem.split("_")[1]) for path in folder.glob("model_*.pt")), reverse=True):
+        try:
+            files.read_json(path := folder / f"meta_{step:06d}.json")
+            for name in (f"model_{step:06d}", *(f"optim_{step:06d}_rank{rank}" for rank in range(world_size))):
+                with zipfile.ZipFile(path := folder / f"{name}.pt") as archive:
+                    if archive.testzip():
+                        raise ValueError("checksum mismatch")
+            return step
+        except (OSError, ValueError, zipfile.BadZipFile) as e:
+            machine.say(f"pretrain | step {step} is passed over: {path} is missing or damaged ({e})")
+    return -1
+
+
+def begun(folder: Path, asked: dict) -> dict:
+    """What an earlier try, that has saved something, has written about itself; else a new record."""
+    from nanochat_cl import runs
+    if not any(folder.glob("model_*.pt")):
+        return {"asked": asked, "resumes": []}
+    for name in ("phase_a.json", "phase_a_begun.json"):
+        if (folder / name).is_file():
+            record = files.read_json(folder / name)
+            runs.check_same(folder, record["asked"], asked, "give its flags, another --model-tag, or delete the folder")
+            return record
+    raise UserError(f"{folder} holds checkpoints that pretrain did not write; give another --model-tag, or move them away")
+
+
+def base_train(flags: dict) -> None:
+    """Upstream's script, in this process. It complains about flags and files by assertions: those become one line."""
+    told = {name: value for name, value in flags.items() if value != FLAGS[name] or name in SIZES}
+    before, sys.argv = sys.argv, ["scripts.base_train", *(
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in told.items())]
+    try:
+        runpy.run_module("scripts.base_train", run_name="__main__")
+    except (AssertionError, ValueError) as e:
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        if isinstance(e, UserError) or not Path(place.filename).is_relative_to(upstream.tree()):
+            raise
+        raise UserError(f"nanochat refused: {' '.join(str(e).split()) or place.line} ({place.filename}:{place.lineno})") from e
+    finally:
+        sys.argv = before
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    from nanochat.common import get_base_dir
+
+    from nanochat_cl import accounting, arms, patching, tokenizer
+    from patches import settings
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check(args, world_size)
+    flags, (vocabulary, token_bytes), who = args.flags, tokenizer.load(args.profile), f"pretrain | {args.arm} s{args.seed}"
+    heads = math.ceil(flags["depth"] * flags["aspect_ratio"] / flags["head_dim"])
+    config = {"sequence_len": flags["max_seq_len"], "vocab_size": vocabulary.get_vocab_size(), "n_layer": flags["depth"], "n_head": heads,
+              "n_kv_head": heads, "n_embd": heads * flags["head_dim"], "window_pattern": flags["window_pattern"]}
+    cl = arms.cl(config["n_embd"], vocabulary.get_bos_token_id(), args.arm)
+    flags["model_tag"] = flags["model_tag"] or f"d{flags['depth']}_{args.arm}_s{args.seed}"
+    folder = Path(get_base_dir()) / "base_checkpoints" / flags["model_tag"]
+    record = begun(folder, {
+        "arm": args.arm, "seed": args.seed, "cl": cl, "world_size": world_size,
+        "tokenizer": hashlib.sha256(token_bytes.numpy().tobytes()).hexdigest()[:16],
+        "flags": {name: value for name, value in flags.items() if name not in INDIFFERENT}})
+    if (folder / "phase_a.json").is_file():
+        machine.say(f"{who} is complete: {folder}")
+        return
+    saves = max(1, math.ceil(flags["num_iterations"] / flags["save_every"])) if flags["save_every"] > 0 else 1
+    machine.check_disk(folder, 12 * saves * accounting.params({**config, "cl": cl})["total"])  # fp32: a weight and at most two moments
+
+    machine.say(f"{who}, profile {args.profile}: {config['n_layer']} layers of {config['n_embd']} -> {folder}")
+    if flags["resume_from_step"] == -1:
+        flags["resume_from_step"] = last_whole_step(folder, world_size)
+    if (last := flags["resume_from_step"]) != -1:
+        if not (folder / f"meta_{last:06d}.json").is_file():
+            raise UserError(f"no step {last} in {folder}; leave out --resume-from-step to continue from the last one")
+        position = files.read_json(folder / f"meta_{last:06d}.json")["dataloader_state_dict"]
+        # Only a loader that saves more than these three goes on with the very next batch.
+        record["resumes"].append({"step": last, "kind": "exact" if set(position) - {"pq_idx", "rg_idx", "epoch"} else "approximate"})
+        machine.say(f"{who} continues from step {last} (resume: {record['resumes'][-1]['kind']})")
+    if rank == 0:
+        files.write_json(folder / "phase_a_begun.json", record)
+    with settings.using(seed=args.seed, arm=cl), patching.applied():
+        base_train(flags)
+    if rank != 0:
+        return
+
+    step = max(int(path.stem.split("_")[1]) for path in folder.glob("meta_*.json"))
+    meta = files.read_json(folder / f"meta_{step:06d}.json")
+    val_bpb, tokens = meta["val_bpb"], step * meta["total_batch_size"]
+    if val_bpb is not None and not math.isfinite(val_bpb):
+        raise UserError(f"{who} diverged: validation bpb {val_bpb} at step {step}; lower the learning rates and delete {folder}")
+    flops_per_token = accounting.flops_per_token(meta["model_config"])
+    files.write_json(folder / "phase_a.json", {
+        **record, "arm": args.arm, "seed": args.seed, "step": step, "tokens": tokens, "val_bpb": val_bpb,
+        "params": accounting.params(meta["model_config"]), "flops_per_token": flops_per_token, "flops": flops_per_token * tokens,
+        "seconds": meta["loop_state"]["total_training_time"],  # as upstream counts them: without its first steps, over all resumes
+        "machine": machine.describe(), "flags": flags})
+    (folder / "phase_a_begun.json").unlink()
+    machine.say(f"{who}: {tokens:,} tokens, validation bpb {val_bpb} -> {folder / 'phase_a.json'}; next: the other arm, or evolve")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    machine.prepare(bf16=PROFILES[args.profile].bf16)
+    pretrain(args)
+
+
+if __name__ == "__main__":
+    command.run(main)

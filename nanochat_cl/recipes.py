@@ -1,0 +1,72 @@
+"""
+How hard a model is trained in Phase B: one recipe for every arm, and what it makes of Phase A's learning rates.
+
+Phase A ends with its schedules run down (weight decay 0, Muon momentum 0.90), so Phase B starts all of them anew. Groups and flags are
+nanochat's: the peak rate of a group is its `initial_lr`; a batch is counted in tokens per optimizer step.
+"""
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from nanochat_cl.command import UserError
+
+REFERENCE_BATCH_TOKENS = 2**19  # the batch at which nanochat's learning-rate flags hold
+MUON_MOMENTUM = 0.95
+SCHEDULES = {"constant": lambda done: 1.0, "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done}
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": f"{help} (default: %(default)s)"})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    lr_mult: float = option(1.0, "factor on Phase A's peak learning rates, after scaling by the root of the batch ratio")
+    lr_schedule: str = option("constant", "constant, or cosine or linear down to zero")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    optimizer: str = option("load", "load Phase A's moments, or reset them")
+    weight_decay: float = option(0.0, "of the Muon groups, constant; AdamW groups keep nanochat's constants")
+    replay: float = option(0.0, "share of general text in every batch")
+    plasticity: str = option("all", "which weights may learn: all, frozen-shared[:factor] or budget:p")
+
+    def __post_init__(self):
+        if self.lr_schedule not in SCHEDULES or self.optimizer not in ("load", "reset"):
+            raise UserError(f"expected --lr-schedule {', '.join(SCHEDULES)} and --optimizer load or reset, "
+                            f"got {self.lr_schedule} and {self.optimizer}")
+        for name, most in (("lr_mult", math.inf), ("warmup_steps", math.inf), ("weight_decay", math.inf), ("replay", 0.99)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"--{name.replace('_', '-')} must be between 0 and {most}, got {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        """`default`, or what differs from it: the label under which the dense limit is searched for."""
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default) or "default"
+
+
+def multiplier(step: int, steps: int, recipe: Recipe) -> float:
+    """Factor on `initial_lr` at 0-based `step` of `steps`: a linear warm-up, then the schedule; above 0 at every step."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    return SCHEDULES[recipe.lr_schedule]((step - recipe.warmup_steps) / (steps - recipe.warmup_steps))
+
+
+def phase_a_lrs(user_config: Mapping[str, Any], batch_tokens: int) -> dict[str, float]:
+    """What Phase A handed to `setup_optimizer`: nanochat scales its flags by the root of the batch over 524,288 tokens."""
+    scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+    return {name: user_config[name] * scale for name in ("unembedding_lr", "embedding_lr", "matrix_lr", "scalar_lr")}
+
+
+def begin(optimizer: torch.optim.Optimizer, recipe: Recipe, batch_a: int, batch_b: int) -> None:
+    """Turn Phase A's peaks into Phase B's, by the root of the ratio of the batches, and start what Phase A ran down anew."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] *= math.sqrt(batch_b / batch_a) * recipe.lr_mult
+        if group["kind"] == "muon":
+            group["momentum"], group["weight_decay"] = MUON_MOMENTUM, recipe.weight_decay
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int, steps: int, recipe: Recipe) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier(step, steps, recipe)

@@ -1,0 +1,110 @@
+"""
+The directory of one Phase B run: what it was asked to do, and states to continue from that are whole or refused.
+
+    <run>/config.json           what was asked (`asked`, compared when the run continues), and what it ran on
+    <run>/checkpoints/<step>/   state_rank<r>.pt of every rank, then complete.json with their sha256: without it there is no state
+    <run>/records.jsonl         rewritten whole at every milestone, after the state that holds the same records
+"""
+import hashlib
+import json
+import mmap
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanochat_cl import files, machine
+from nanochat_cl.command import UserError
+
+KEEP = 2  # states: the newest, and the one before it in case the newest is damaged
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """`key: before -> now` for every leaf where two JSON values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [line for key in sorted({*before, *now})
+                for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [] if before == now else [f"{path}: {json.dumps(before)} -> {json.dumps(now)}"]
+
+
+def check_same(place: Path, before: Any, asked: Any, way_out: str) -> None:
+    """UserError where `place` was begun with another configuration, `before`, than is `asked` for now."""
+    if changed := differences(before, json.loads(json.dumps(asked))):
+        raise UserError(f"{place} was begun with another configuration ({'; '.join(changed[:8])}); {way_out}")
+
+
+def check_batch(batch_tokens: int, micro_tokens: int) -> None:
+    """UserError where a batch is no whole number of micro-batches."""
+    if batch_tokens < 1 or batch_tokens % micro_tokens:
+        raise UserError(f"--total-batch-size must be a multiple of rows x context x ranks = {micro_tokens:,} tokens, got {batch_tokens:,}; "
+                        f"change it or --device-batch-size")
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world size) of the process group, (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def over_ranks(value: torch.Tensor, op: str) -> torch.Tensor:
+    """The "sum" or "max" of every rank's `value`; `value` itself without a process group."""
+    if dist.is_initialized():
+        value = value.cuda() if dist.get_backend() == "nccl" else value.clone()
+        dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return value
+
+
+def place(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"{step:06d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete states, ascending."""
+    return sorted(int(path.parent.name) for path in (folder / "checkpoints").glob("*/complete.json"))
+
+
+def save_state(folder: Path, step: int, state: dict) -> None:
+    """Save every rank's state after `step` steps, then the manifest; older states go."""
+    (rank, world_size), here = ranks(), place(folder, step)
+    path = here / f"state_rank{rank}.pt"
+    (here / "complete.json").unlink(missing_ok=True)
+    with files.replacing(path) as f:
+        torch.save(state, f)
+    sums = [(path.name, _sha256(path))] * world_size
+    if world_size > 1:
+        dist.all_gather_object(sums, sums[rank])
+    if rank == 0:
+        files.write_json(here / "complete.json", dict(sums))
+        keep = {place(folder, kept) for kept in saved_steps(folder)[-KEEP:]}
+        for old in set((folder / "checkpoints").iterdir()) - keep:
+            (old / "complete.json").unlink(missing_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(folder: Path, device: torch.device) -> dict | None:
+    """This rank's part of the newest whole state; a damaged one is named and the one before it used. None where there is none."""
+    chosen = [next((step for step in saved_steps(folder)[::-1] if _whole(place(folder, step))), None) if ranks()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    if chosen[0] is None:
+        return None
+    return torch.load(place(folder, chosen[0]) / f"state_rank{ranks()[0]}.pt", map_location=device, weights_only=True)
+
+
+def _whole(here: Path) -> bool:
+    """Whether all files of a state are what was written; says which is not."""
+    path = here / "complete.json"
+    try:
+        for name, digest in files.read_json(path).items():
+            if _sha256(path := here / name) != digest:
+                raise ValueError("wrong checksum")
+        return True
+    except (OSError, ValueError) as e:
+        machine.say(f"evolve | {path} is broken ({e}): going back to the state before it")
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()

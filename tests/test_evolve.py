@@ -1,0 +1,293 @@
+"""Phase B on a toy base directory: what is trained, what is recorded, what is refused."""
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy_phase_a
+from nanochat_cl import accounting, evolve, files, patching, runs
+from nanochat_cl.command import UserError
+from nanochat_cl.stream import Stream
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    place, before = tmp_path_factory.mktemp("base"), os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(place)
+    torch.compiler.set_stance("force_eager")
+    yield toy_phase_a.make(place)
+    torch.compiler.set_stance("default")
+    os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
+
+
+def run(base: Path, name: str, *more: str) -> list[dict]:
+    evolve.evolve(evolve.parse([*toy_phase_a.ARGS, "--name", name, *more]))
+    return files.read_jsonl(base / "evolve" / name / "records.jsonl")
+
+
+def last_state(base: Path, name: str) -> dict:
+    return runs.load_state(base / "evolve" / name, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def both(base):
+    return run(base, "both")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    from nanochat.tokenizer import get_tokenizer
+    return get_tokenizer()
+
+
+def test_milestones_are_snapped_to_the_next_whole_step_and_hold_both_ends():
+    assert evolve.milestones(steps=10, batch_tokens=256, milestone_tokens=1000) == [0, 4, 8, 10]
+    assert evolve.milestones(steps=128, batch_tokens=8192, milestone_tokens=131072) == list(range(0, 129, 16))
+    assert evolve.milestones(steps=3, batch_tokens=100, milestone_tokens=10) == [0, 1, 2, 3]
+    assert evolve.milestones(steps=3, batch_tokens=100, milestone_tokens=1000) == [0, 3]
+
+
+def test_every_arm_has_a_record_at_every_milestone_and_its_figures_agree(both):
+    assert [(r["arm"], r["step"]) for r in both] == [(arm, step) for step in (0, 4, 8, 10) for arm in ("dense", "cl")]
+    for r in both:
+        assert r["tokens"] == 256 * r["step"] == r["unique_tokens"] and r["final"] == (r["step"] == 10)
+        assert r["flops"] == r["tokens"] * r["flops_per_token"] and r["phase_a_flops"] == r["phase_a_tokens"] * r["flops_per_token"]
+        for split in ("val", "test"):
+            domain, general = r["domain"][split], r["general"][split]
+            for entry in (*domain["subdomains"].values(), general):
+                nats, size = map(sum, zip(*entry["docs"]))
+                assert entry["bpb"] == pytest.approx(nats / math.log(2) / size)
+            assert domain["bpb"] == pytest.approx(sum(s["bpb"] for s in domain["subdomains"].values()) / 3)
+            assert sorted(domain["subdomains"]) == ["alpha", "beta", "gamma"] and len(general["docs"]) == 6
+        assert (r["train_loss"] is None, r["subdomain"] is None, r["recall"]["mean"] is None) == (r["step"] == 0,) * 3
+        assert (r["blocks"] is None) == (r["arm"] == "dense" or r["step"] == 0)
+        assert (r["recipe"], r["lr_mult"], r["seed"], r["confirmatory"], r["schedule"]) == ("default", 1.0, 42, False, "cyclic")
+    dense, cl = both[-2], both[-1]
+    assert dense["domain"]["val"]["bpb"] < both[0]["domain"]["val"]["bpb"] - 0.1, "nothing was learned"
+    assert dense["stream_hash"] == cl["stream_hash"] != both[0]["stream_hash"] and len({r["stream_hash"] for r in both}) == 4
+    assert cl["params_active"] < cl["params_total"] and cl["flops_per_token"] < dense["flops_per_token"]
+    assert cl["blocks"]["agreement"] == 1.0 and 0 < cl["blocks"]["idle_share"] < 1, "the routers are frozen, and some blocks idle"
+    assert all(sum(layer) == pytest.approx(1) for layer in cl["blocks"]["use"])
+
+
+def test_the_first_record_is_phase_a_as_nanochat_itself_loads_it(base, both, tokenizer):
+    from nanochat import checkpoint_manager
+    for arm in ("dense", "cl"):
+        with patching.applied():
+            model, _, _ = checkpoint_manager.build_model(str(base / "base_checkpoints" / f"d2_{arm}_s42"), 3, torch.device("cpu"), "eval")
+            import pyarrow.parquet as pq
+            rows = pq.read_table(base / "corpora/toy/val.parquet").to_pylist()
+            texts = {r["text"]: r["subdomain"] for r in rows}
+            nats = {}
+            for text, name in texts.items():
+                row = torch.tensor([tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())[:toy_phase_a.T + 1]])
+                with torch.no_grad():
+                    nats.setdefault(name, []).append(model(row[:, :-1], row[:, 1:], loss_reduction="sum").item())
+        record = next(r for r in both if r["arm"] == arm and r["step"] == 0)
+        for name, entry in record["domain"]["val"]["subdomains"].items():
+            for got, _ in entry["docs"]:
+                assert min(abs(got - n) for n in nats[name]) < 1e-3, f"{arm} {name}: {got} is not among {nats[name]}"
+
+
+def test_dense_beside_cl_learns_bit_for_bit_what_dense_learns_alone(base, both):
+    alone = run(base, "alone", "--arms", "dense")
+    beside, single = (last_state(base, name)["arms"]["dense"] for name in ("both", "alone"))
+    for key, value in single["model"].items():
+        assert torch.equal(value, beside["model"][key]), key
+    for index, entry in single["optimizer"]["state"].items():
+        for key, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(beside["optimizer"]["state"][index][key])), (index, key)
+    assert [r["domain"] for r in alone] == [r["domain"] for r in both if r["arm"] == "dense"]
+
+
+def test_a_run_trains_what_a_plain_loop_over_the_stream_trains(base, both, tokenizer):
+    from nanochat import checkpoint_manager
+    place = str(base / "base_checkpoints/d2_dense_s42")
+    model, _, meta = checkpoint_manager.build_model(place, 3, torch.device("cpu"), "train")
+    optimizer = model.setup_optimizer()
+    optimizer.load_state_dict(checkpoint_manager.load_checkpoint(place, 3, torch.device("cpu"), load_optimizer=True)[1])
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * math.sqrt(256 / 128)  # batch of Phase B over that of Phase A
+        if group["kind"] == "muon":
+            group["momentum"], group["weight_decay"] = 0.95, 0.0
+    stream = Stream(base / "corpora/toy", tokenizer, "cyclic", 42, 8, toy_phase_a.T, 512)
+    for step in range(10):
+        batch = stream.batch(step)
+        for half in (slice(0, 4), slice(4, 8)):
+            (model(batch.inputs[half], batch.targets[half]) / 2).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    learned = last_state(base, "both")["arms"]["dense"]["model"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, learned[key]), f"{key} differs by {(value - learned[key]).abs().max().item()}"
+
+
+def test_loaded_and_reset_optimizers_begin_with_the_same_rates_and_different_moments(base):
+    from nanochat_cl import learner
+    from nanochat_cl.recipes import Recipe
+    with patching.applied():
+        for arm in ("dense", "cl"):
+            found = learner.find(arm, f"d2_{arm}_s42", "")
+            load, reset = (learner.Learner(found, Recipe(optimizer=how), 256, torch.device("cpu"), 42) for how in ("load", "reset"))
+            rates = [[(g["kind"], g["initial_lr"], g["weight_decay"], len(g["params"])) for g in each.optimizer.param_groups] for each in (load, reset)]
+            assert rates[0] == rates[1]
+            assert load.optimizer.state and not reset.optimizer.state
+
+
+def test_frozen_shared_moves_only_the_mlps_and_a_budget_leaves_more_blocks_idle(base, both):
+    run(base, "frozen", "--plasticity", "frozen-shared:0", "--max-tokens", "512")
+    for arm in ("dense", "cl"):
+        start = torch.load(base / f"base_checkpoints/d2_{arm}_s42/model_000003.pt", weights_only=True)
+        moved = {k for k, v in last_state(base, "frozen")["arms"][arm]["model"].items() if not torch.equal(v, start[k])} - \
+            {f"transformer.h.{i}.mlp.usage" for i in range(2)}
+        assert moved == {f"transformer.h.{i}.mlp.{m}.weight" for i in range(2) for m in ("c_fc", "c_proj")}, arm
+    budget = run(base, "budget", "--plasticity", "budget:0.3", "--max-tokens", "1024")
+    idle = [next(r for r in records if r["arm"] == "cl" and r["step"] == 4)["blocks"]["idle_share"] for records in (budget, both)]
+    assert idle[0] >= 1 - math.ceil(0.3 * 14) / 14 - 1e-6 > idle[1], idle
+
+
+def test_a_cooled_schedule_shows_in_the_records(base):
+    records = run(base, "cooled", "--arms", "dense", "--lr-schedule", "linear", "--lr-mult", "0.5", "--max-tokens", "1024")
+    assert [r["lr_mult"] for r in records] == pytest.approx([0.5, 0.5 * 0.25])
+    assert records[0]["recipe"] == "lr_mult=0.5,lr_schedule=linear"
+
+
+def test_samples_come_from_both_arms_before_and_after(base, both):
+    samples = files.read_json(base / "evolve/both/samples.json")
+    assert [(s["arm"], s["when"]) for s in samples] == [(arm, when) for when in ("before", "after") for arm in ("dense", "cl") for _ in range(4)]
+    assert len({s["prompt"] for s in samples}) == 4 and all(s["text"] for s in samples)
+
+
+def test_the_configuration_says_what_ran_on_what(base, both):
+    config = files.read_json(base / "evolve/both/config.json")
+    assert config["argv"][:3] == ["python", "-m", "nanochat_cl.evolve"] and evolve.parse(config["argv"][3:]).name == "both"
+    assert config["asked"]["total_batch_size"] == 256 and config["milestones"] == [0, 4, 8, 10]
+    for arm, entry in config["arms"].items():
+        meta = files.read_json(base / f"base_checkpoints/d2_{arm}_s42/meta_000003.json")
+        assert entry["params_total"] == accounting.params(meta["model_config"])["total"] and entry["phase_a"]["tokens"] == 384
+    assert len(config["machine"]["upstream"]["sha256"]) == 64 and config["machine"]["torch"] == torch.__version__
+
+
+def test_progress_has_a_first_line_a_line_a_step_and_what_comes_next(base, capsys):
+    run(base, "lines", "--arms", "dense", "--max-tokens", "1024")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evolve")]
+    assert "4 steps of 256 tokens of toy (cyclic), 2 milestones, from Phase A" in lines[0]
+    assert lines[-2].startswith("evolve | 1k/1k tokens 100% | ") and "tok/s" in lines[-2] and "0.0m left" in lines[-2]
+    assert lines[-1].endswith(f"next: python -m nanochat_cl.report {base / 'evolve/lines'}") and "evaluation" in lines[-1]
+    assert len(lines) == 1 + 5 + 1
+    assert evolve.what_next(evolve.parse(["--arms", "dense,cl"]), Path("r")) == \
+        "next: python -m nanochat_cl.crossover r, then python -m nanochat_cl.report r"
+
+
+BAD = {"an unknown arm": (["--arms", "dense,cll"], "cll.*expected one of dense, cl"),
+       "an arm twice": (["--arms", "dense,dense"], "different arms"),
+       "a checkpoint for two arms": (["--from", "d2_dense_s42"], "one only with --from"),
+       "a batch that does not divide": (["--total-batch-size", "200"], "multiple of rows x context x ranks = 128.*got 200"),
+       "fewer tokens than a batch": (["--max-tokens", "255"], "less than one batch"),
+       "a negative size": (["--milestone-tokens", "-1"], "milestone_tokens -1"),
+       "a stream too short": (["--max-tokens", "10000000"], "stream holds .* --repeat"),
+       "an unknown schedule": (["--schedule", "random"], "cyclic.*random"),
+       "an unknown domain": (["--domain", "nothing"], "nothing.*nanochat_cl.domain"),
+       "a missing checkpoint": (["--seed", "7"], r"d2_dense_s7.*python -m nanochat_cl.pretrain --profile cpu --seed 7 --depth 2 --arm dense"),
+       "an unreadable rule": (["--plasticity", "frozen"], "frozen"),
+       "a negative rate": (["--lr-mult", "-1"], "lr-mult")}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_one_line_refuses(what, base):
+    more, said = BAD[what]
+    with pytest.raises(UserError, match=said) as error:
+        evolve.main([*toy_phase_a.ARGS, "--name", "bad", *more])
+    assert "\n" not in str(error.value)
+    assert not (base / "evolve/bad").exists(), "something was written"
+
+
+def test_an_unknown_flag_ends_with_status_2(base, capsys):
+    with pytest.raises(SystemExit) as status:
+        evolve.parse(["--no-such-flag"])
+    assert status.value.code == 2 and "no-such-flag" in capsys.readouterr().err
+
+
+@pytest.fixture
+def damaged(base):
+    """A copy of the dense checkpoint to damage."""
+    place = base / "base_checkpoints/damaged"
+    shutil.copytree(base / "base_checkpoints/d2_dense_s42", place)
+    yield place
+    shutil.rmtree(place)
+
+
+def refused(place: Path, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        evolve.main([*toy_phase_a.ARGS, "--name", "bad", "--arms", "dense", "--from", place.name])
+    assert not (place.parent.parent / "evolve/bad").exists()
+
+
+def test_a_broken_phase_a_checkpoint_is_refused_by_name(damaged):
+    path = damaged / "model_000003.pt"
+    path.write_bytes(path.read_bytes()[:-2000])
+    refused(damaged, f"{damaged}.*can't be read")
+
+
+def test_an_unfinished_phase_a_is_refused(damaged):
+    (damaged / "phase_a.json").rename(damaged / "phase_a_begun.json")
+    refused(damaged, "not finished.*nanochat_cl.pretrain")
+
+
+def test_optimizer_state_of_other_ranks_is_refused_and_can_be_reset(damaged, base):
+    shutil.copy(damaged / "optim_000003_rank0.pt", damaged / "optim_000003_rank1.pt")
+    refused(damaged, "2 ranks, this run has 1.*--optimizer reset")
+    assert len(run(base, "reset", "--arms", "dense", "--from", damaged.name, "--optimizer", "reset", "--max-tokens", "256")) == 2
+
+
+def test_a_plain_nanochat_checkpoint_needs_no_record_of_ours(damaged, base):
+    (damaged / "phase_a.json").unlink()
+    records = run(base, "plain", "--arms", "dense", "--from", damaged.name, "--max-tokens", "256")
+    assert records[0]["phase_a_tokens"] == 384 and records[0]["phase_a_flops"] == 384 * records[0]["flops_per_token"]
+
+
+def stopped(base: Path, capsys, name: str, *more: str) -> str:
+    """What a run says that a guard stops with status 1."""
+    with pytest.raises(SystemExit) as status:
+        run(base, name, "--arms", "dense", *more)
+    assert status.value.code == 1
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_stop_the_run_before_they_are_scored(damaged, base, capsys):
+    weights = torch.load(damaged / "model_000003.pt", weights_only=True)
+    weights["lm_head.weight"][3, 3] = float("nan")
+    torch.save(weights, damaged / "model_000003.pt")
+    said = stopped(base, capsys, "poisoned", "--from", damaged.name)
+    assert "step 0 (0 tokens): arm dense, its weights are not finite" in said and str(damaged) in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_rows_and_last_good_state(base, capsys):
+    said = stopped(base, capsys, "nan", "--lr-mult", "1e30")
+    assert "step 1 (256 tokens): arm dense, the loss is nan" in said, said
+    assert "8 rows from gamma token 256 to gamma token 480" in said or "8 rows from" in said
+    assert str(base / "evolve/nan/checkpoints/000000") in said
+    assert last_state(base, "nan")["step"] == 0, "the state before the accident is still the last"
+
+
+def test_an_explosion_is_three_steps_far_above_the_median_and_a_hard_batch_is_none(base):
+    from nanochat_cl import learner
+    arm = learner.Learner.__new__(learner.Learner)
+
+    def after(*losses: float) -> str | None:
+        arm.losses = [3.0 + 0.1 * (i % 3) for i in range(20)] + list(losses)
+        return arm.trouble()
+    assert after() is None and after(9.0) is None and after(9.0, 9.0) is None and after(9.0, 9.0, 3.0) is None and after(5.9, 5.9, 5.9) is None
+    assert "exploded to 9.00" in after(9.0, 9.5, 9.0)
+    assert "inf" in after(math.inf) and "nan" in after(math.nan)
+
+
+def test_a_disk_without_room_is_an_error_before_training(base, monkeypatch):
+    import collections
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("U", "total used free")(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match="bytes"):
+        run(base, "full")
+    assert not (base / "evolve/full").exists()
