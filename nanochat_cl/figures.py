@@ -1,0 +1,151 @@
+"""
+The pictures of the report, drawn for print: arms differ by line and marker as well as by colour, every axis has its unit.
+
+crossover, floor, matrix and blocks take the `Curves` of the records and `shown`, the indices of the compared runs (dense first; one where
+there is one arm), and return a figure, or None where nothing was measured; their docstrings are the captions. To be called, and
+saved, under `matplotlib.rc_context(LOOK)`.
+"""
+# R runs (arm, recipe), S seeds, M milestones
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from nanochat_cl.crossover import MIN_IDLE_SHARE, Curves
+
+INK, RED, GREY = "#1f2933", "#b3361b", "#7b8794"
+MINUS = "\N{MINUS SIGN}"
+LOOK = {"font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+        "axes.grid": True, "grid.color": "#e4e7eb", "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "legend.frameon": False, "legend.fontsize": 9, "legend.handlelength": 3, "svg.hashsalt": "nanochat_cl",
+        "figure.constrained_layout.use": True}
+AXES = {"tokens": ("tokens", 1e6, "Phase B tokens (millions)"), "flops": ("flops", 1, "Phase B training FLOPs"),
+        "time": ("train_s", 60, "Phase B training time (minutes)")}  # field of a record, unit, label
+
+
+def lines(ax: Axes, c: Curves, shown: list[int], x: Sequence, y: Sequence) -> None:
+    """One line per run, x (R, M) and y (R, M); the compared ones stand out."""
+    for i in range(len(c.runs)):
+        look = dict(color=GREY, ls=("-.", ":")[i % 2], marker="vD^x+*P"[i % 7], lw=1, ms=4, zorder=2)
+        if i in shown:
+            k = shown.index(i)
+            look = dict(color=(INK, RED)[k], ls=("-", "--")[k], marker="os"[k], lw=1.8, ms=4.5, zorder=3)
+        ax.plot(x[i], y[i], label=c.names[i], **look)
+
+
+def crossover(c: Curves, shown: list[int], v: dict | None, axis: str = "tokens") -> Figure | None:
+    """Score on held-out domain documents, mean over sub-domains and seeds; below, over tokens, Model-CL's advantage on the dense curve."""
+    field, unit, text = AXES[axis]
+    x = c.field(field).mean(1) / unit                             # (R, M)
+    if not np.isfinite(x).all():
+        return None
+    two = v is not None and axis == "tokens"
+    fig = Figure(figsize=(7, 6 if two else 3.7))
+    top, *rest = fig.subplots(1 + two, 1, sharex=True, squeeze=False, height_ratios=(3, 2)[:1 + two])[:, 0]
+    lines(top, c, shown, x, -c.test.mean(1))
+    if v:
+        top.axhline(v["dense_limit"]["bpb"], color=INK, ls=(0, (1, 2)), lw=1.2, label=f"dense limit ({v['dense_limit']['run']})")
+    top.set(ylabel="domain bits per byte, test\n(lower is better)")
+    top.legend()
+    for low in rest:
+        t, curve = c.tokens / unit, v["curves"]
+        low.axhline(0, color=INK, lw=1)
+        low.fill_between(t, curve["band_low"], curve["band_high"], color=RED, alpha=.12, lw=0, label="95 % simultaneous")
+        low.fill_between(t, curve["d_low"], curve["d_high"], color=RED, alpha=.25, lw=0, label="95 % pointwise")
+        low.plot(t, np.stack([curve["band_low"], curve["band_high"]], 1), color=RED, lw=.6, ls=":")
+        low.plot(t, curve["d"], color=RED, ls="--", marker="s", ms=4.5, lw=1.8)
+        if v["crossing_tokens"]:
+            low.axvline(v["crossing_tokens"] / unit, color=INK, lw=.8, ls="-.", label=f"crossing, {v['crossing_tokens'] / unit:.2f}M")
+        low.set(title=f"advantage of {v['arm']}, over {v['over']}", ylabel="d (bits per byte)\n(above 0: better)")
+        low.margins(y=.15)
+        low.legend(ncols=3)
+    (top, *rest)[-1].set_xlabel(text)
+    return fig
+
+
+def probes(c: Curves) -> dict[str, np.ndarray]:
+    """Accuracy of every floor probe (R, M), mean over seeds; empty where the floor was not measured."""
+    measured = [set(r.get("floor") or {}) for rows in c.at.values() for r in rows]
+    return {p: c.stack(lambda r: r["floor"][p]["accuracy"]).mean(1) for p in sorted(set.intersection(*measured))}
+
+
+def recalled(c: Curves, run: int) -> dict[float, float]:
+    """Age of a passage in millions of tokens -> bits per byte that are left of it at the last milestone, mean over passages and seeds."""
+    windows = [w for s in c.seeds for w in (c.at[(*c.runs[run], s)][-1].get("recall") or {}).get("windows", [])]
+    ages = sorted({w["age_tokens"] for w in windows})
+    return {age / 1e6: np.mean([w["recall_bpb"] for w in windows if w["age_tokens"] == age]) for age in ages}
+
+
+def floor(c: Curves, shown: list[int]) -> Figure:
+    """
+    Held-out general text; probes on nonce words; what is left of passages that the stream has shown, beyond the gain on held-out passages
+    of the same sub-domain; general text lost for domain text gained, one point per milestone.
+    """
+    fig = Figure(figsize=(7, 6))
+    (text, nonce), (recall, pareto) = fig.subplots(2, 2)
+    tokens, lost = [c.tokens / 1e6] * len(c.runs), (c.general[..., :1] - c.general).mean(1)
+    lines(text, c, shown, tokens, lost)
+    text.set(title="general text", xlabel="tokens (millions)", ylabel="bits per byte lost, test\n(lower is better)")
+    fig.legend(*text.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    if accuracy := probes(c):
+        lines(nonce, c, shown, tokens, 100 * np.mean(list(accuracy.values()), 0))
+        nonce.axhline(100 * np.mean([c.stack(lambda r: r["floor"][p]["chance"]) for p in accuracy]), color=GREY, ls=":", lw=1)
+    nonce.set(title=f"floor: mean of {len(accuracy)} probes" if accuracy else "floor probes: not measured", xlabel="tokens (millions)",
+              ylabel="accuracy (%)\n(dotted: chance)", ylim=(0, 100))
+    left = [recalled(c, i) for i in range(len(c.runs))]
+    lines(recall, c, shown, [list(ages) for ages in left], [list(ages.values()) for ages in left])
+    recall.set(title="recall at the end" if all(left) else "recall: not measured", xlabel="age of the passage (million tokens)",
+               ylabel="bits per byte gained\nbeyond held-out text")
+    lines(pareto, c, shown, (c.test - c.test[..., :1]).mean(1), lost)
+    pareto.set(title="forgetting for learning", xlabel="domain bits per byte gained",
+               ylabel="general bits per byte\nlost (low right is better)")
+    for ax in (text, recall, pareto):
+        ax.axhline(0, color=INK, lw=.8)
+        ax.locator_params("x", nbins=5)
+    return fig
+
+
+def matrix(c: Curves, shown: list[int]) -> Figure:
+    """Bits per byte gained since Phase A; a red frame marks the sub-domain trained on last; a column that fades downwards is forgetting."""
+    names = list(c.first[0]["domain"]["test"]["subdomains"])
+    bpb = c.stack(lambda r: [r["domain"]["test"]["subdomains"][name]["bpb"] for name in names]).mean(1)[shown]     # (shown, M, sub-domains)
+    gains = bpb[:, :1] - bpb
+    fig = Figure(figsize=(7, min(8, 1.9 + .24 * len(c.tokens))))
+    axes = fig.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for ax, i, gain in zip(axes, shown, gains):
+        image = ax.imshow(gain, aspect="auto", cmap="Greys", vmin=min(0, np.min(gains)), vmax=np.max(gains) * 1.15 + 1e-9)
+        for m, j in np.ndindex(gain.shape) if gain.size <= 200 else ():
+            ax.text(j, m, f"{gain[m, j]:.2f}", ha="center", va="center", fontsize=7,
+                    color="white" if image.norm(gain[m, j]) > .55 else INK)
+        for m, r in enumerate(c.at[(*c.runs[i], c.seeds[0])]):
+            if r.get("subdomain") in names:
+                ax.add_patch(Rectangle((names.index(r["subdomain"]) - .5, m - .5), 1, 1, fill=False, ec=RED, lw=1.4))
+        ax.grid(False)
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        ax.set_title(c.names[i])
+    step = -(-len(c.tokens) // 12)
+    axes[0].set_yticks(range(0, len(c.tokens), step), [f"{t / 1e6:.2f}" for t in c.tokens[::step]])
+    axes[0].set_ylabel(AXES["tokens"][2])
+    fig.colorbar(image, ax=axes, label="bits per byte gained, test", shrink=.8)
+    return fig
+
+
+def blocks(c: Curves, shown: list[int]) -> Figure | None:
+    """Use of the routed blocks per layer since the last milestone, and the share of blocks that a step leaves as they are."""
+    rows = [r for r in c.at[(*c.runs[shown[-1]], c.seeds[0])] if r.get("blocks")]
+    if not rows:
+        return None
+    use = np.array(rows[-1]["blocks"]["use"], float)
+    fig = Figure(figsize=(7, 2.9))
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    image = left.imshow(100 * use, aspect="auto", cmap="Greys", vmin=0)
+    left.grid(False)
+    left.set(xlabel="routed block", ylabel="layer", title=f"use at the end, seed {c.seeds[0]}")
+    left.set_yticks(range(0, len(use), -(-len(use) // 8)))
+    fig.colorbar(image, ax=left, label="share of use (%)")
+    right.plot([r["tokens"] / 1e6 for r in rows], [100 * r["blocks"]["idle_share"] for r in rows], color=RED, ls="--", marker="s", ms=4)
+    right.axhline(100 * MIN_IDLE_SHARE, color=INK, ls=":", lw=1)
+    right.set(xlabel="tokens (millions)", ylabel="% (dotted: needed)", title="blocks that did not learn", ylim=(0, 100))
+    return fig

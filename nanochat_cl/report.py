@@ -1,0 +1,173 @@
+"""
+The report of a run: report.html (one file, opens without a network), crossover.png, floor.png, matrix.png and result.json.
+
+    python -m nanochat_cl.report RUN_DIR [RUN_DIR ...]      pools the runs; writes to the first directory
+
+Of a run with one arm it shows the curves and what they cost: without a second arm there is nothing to compare, and no verdict.
+"""
+import argparse
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from nanochat_cl import crossover, figures, files, metrics
+from nanochat_cl.command import run
+from nanochat_cl.runs import differences
+
+CSS = """
+body{margin:0 auto;max-width:52rem;padding:1.5rem 1.1rem 4rem;color:#1f2933;background:#fff;font:16px/1.55 Charter,Georgia,Times,serif}
+h1{font-size:1.75rem;line-height:1.2;margin:.2em 0}h2{font-size:1.2rem;margin:2.6em 0 .5em;padding-top:.7em;border-top:1px solid #d9dee3}
+p{margin:.5em 0}small,figcaption,.soft{color:#52606d}figcaption{font-size:.9rem}figure{margin:.8rem 0}sub{line-height:0}
+.verdict{border-left:5px solid #1f2933;padding:.6rem 1rem;background:#f5f7f8;margin:1.2rem 0}.verdict b{font-size:1.25rem}
+.scroll{overflow-x:auto}svg{width:100%;min-width:32rem;height:auto;display:block}.fail{color:#b3361b;font-weight:600}
+table{border-collapse:collapse;width:100%;margin:.6rem 0;font:.86rem/1.4 system-ui,Helvetica,Arial,sans-serif}
+th,td{padding:.32rem .7rem .32rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #d9dee3;font-variant-numeric:tabular-nums}
+thead th{border-bottom-color:#1f2933}td:first-child{min-width:6.5rem;white-space:nowrap}
+pre{background:#f5f7f8;padding:.7rem .9rem;font-size:.8rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;margin:.4rem 0}
+.axis label{font:.86rem system-ui,sans-serif;margin-right:1rem;cursor:pointer}.axis figure{display:none}
+#tokens:checked~.tokens,#flops:checked~.flops,#time:checked~.time{display:block}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:0 1rem}
+"""
+ABSENT = "<p class=soft>Not measured.</p>"
+COSTS = ("params_total", "params_active", "flops_per_token", "phase_a_tokens", "phase_a_flops", "tokens", "unique_tokens", "flops",
+         "tok_per_s", "train_s", "eval_s", "checkpoint_s")
+RULES = {"gap": "starts below: d(0) < 0", "limit": f"ends above the best dense score, by {crossover.SMALLEST_BPB} bpb or more",
+         "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end",
+         "floor": f"loses at most {crossover.FLOOR_BPB} bpb of general text more than dense"}
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """All text is escaped; a failed check stands out."""
+    cell = lambda x: f"<td{' class=fail' * (x == 'fail')}>{escape(x)}</td>"
+    body = "".join(f"<tr>{''.join(cell(str(x)) for x in row)}</tr>" for row in rows)
+    return f"<div class=scroll><table><thead><tr>{''.join(f'<th>{escape(h)}' for h in head)}</thead><tbody>{body}</tbody></table></div>"
+
+
+def figure(draw: Callable, *args, part: str = "") -> str:
+    """What a function of nanochat_cl.figures draws, as inline SVG with its docstring as caption; ids are made unique by its name."""
+    name, drawn = f"{draw.__name__}{part}", draw(*args)
+    if drawn is None:
+        return f"<figure class='{part}'>{ABSENT}</figure>"
+    drawn.savefig(out := io.StringIO(), format="svg", metadata={"Date": None, "Creator": None})
+    image = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", out.getvalue()[out.getvalue().index("<svg"):])
+    return f"<figure class='{part}'><div class=scroll>{image}</div><figcaption>{' '.join(draw.__doc__.split())}</figcaption></figure>"
+
+
+def quantity(x: float | None) -> str:
+    """Counts in full (561,000,000); four digits of what is small, or beyond counting."""
+    text = "not measured" if x is None else f"{x:,.0f}" if 1000 <= abs(x) < 1e12 else f"{x:#.4g}"
+    return text.replace("-", figures.MINUS)
+
+
+def ledger(c: crossover.Curves, records: list[dict]) -> dict[str, dict]:
+    """What every run reached by the last milestone and what it cost, mean over seeds; None where it was not recorded."""
+    out = {}
+    for i, (arm, recipe) in enumerate(c.runs):
+        each = [metrics.continual(records, arm, "test", recipe=recipe, seed=s) for s in c.seeds]
+        row = {"domain bpb, val": -c.val[i, :, -1].mean(), "domain bpb, test": -c.test[i, :, -1].mean()}
+        row |= {m: np.mean([x[m] for x in each]) for m in each[0]} | {key: c.field(key)[i, :, -1].mean() for key in COSTS}
+        spent = [row[key] for key in ("train_s", "eval_s", "checkpoint_s")]
+        row["overhead_frac"] = sum(spent[1:]) / (sum(spent) or math.nan)
+        out[c.names[i]] = {key: float(x) if math.isfinite(x) else None for key, x in row.items()}
+    return out
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<h2>{title}</h2>" + ("".join(parts) or ABSENT)
+
+
+def verdict(v: dict, runs: dict[str, dict]) -> list[str]:
+    """The first sections of the page: the verdict with its parts, and the start."""
+    arm, general, curve, ledgers = escape(v["arm"]), v["general_start"], v["curves"], (runs[v["curves"]["dense_run"][-1]], runs[v["cl"]])
+    number = lambda n: crossover.interval(n).replace(" ", "\N{NO-BREAK SPACE}")
+    kinds = {"params_total": "total parameters", "flops_per_token": "FLOPs per token"}
+    same = [kind for key, kind in kinds.items() if all(x[key] for x in ledgers) and abs(ledgers[1][key] / ledgers[0][key] - 1) <= 0.005]
+    word, rest = v["sentence"].split(": ", 1)
+    reached = ("above from the first milestone on" if v["above_from_start"] else f"not within {v['tokens'][-1]:,} tokens (right-censored)"
+               if not v["crossing_between"] else "between {:,} and {:,} tokens".format(*v["crossing_between"]))
+    caveat = "Another seed may differ by more." if len(v["seeds"]) == 1 else "Student's t on paired seeds; the documents are held fixed."
+    start = [["domain", f"{curve['dense_bpb'][0]:.4f}", f"{curve['cl_bpb'][0]:.4f}", number(v["parts"]["gap"])],
+             ["general text", f"{general['dense']:.4f}", f"{general['cl']:.4f}", number(general)]]
+    return [
+        f"<h1>Does {arm} overtake dense?</h1><p class=soft>{escape(v['cl'])} against {escape(curve['dense_run'][-1])}, matched by "
+        f"{' and '.join(same) or 'neither total parameters nor FLOPs per token'}; "
+        f"{'confirmatory' if v['confirmatory'] else 'exploratory, not confirmatory'}.</p>"
+        f"<div class=verdict><b>{word}</b><p>{escape(rest)}</p></div>",
+        table(["part of the hypothesis", "state", "bpb [95 %]", "rule"],
+              [[p["name"], p["state"], number(p), RULES[k]] for k, p in v["parts"].items()]),
+        f"<p>Crossing point T<sub>x</sub>: {reached}. d = score of {arm} minus that of the dense curve, at each milestone the dense recipe "
+        f"that is best there on val; score = {figures.MINUS}bits per byte on test. The dense limit is {v['dense_limit']['bpb']:.4f} bpb, "
+        f"by {escape(v['dense_limit']['run'])}. Intervals over {v['over']}. {caveat}</p>",
+        section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
+
+
+def page(c: crossover.Curves, shown: list[int], result: dict, config: dict, samples: list[dict]) -> str:
+    """The HTML of the report."""
+    v, runs, accuracy = result["certificate"], result["ledger"], figures.probes(c)
+    probes = [[p, *(f"{a[i, m]:.1%}" for i in shown for m in (0, -1))] for p, a in accuracy.items()]
+    costs = [[key, *(quantity(run[key]) for run in runs.values())] for key in runs[c.names[0]]]
+    texts = {s["prompt"]: [other for other in samples if other["prompt"] == s["prompt"]] for s in samples}
+    commands = [config.get("argv", []), ["python", "-m", "nanochat_cl.report", *result["runs"]]]
+    differs = differences(*(config.get("arms", {}).get(c.runs[i][0], {}) for i in shown)) if v else []
+    rest = [[k, json.dumps(x)] for k, x in config.items() if k not in ("arms", "argv")]
+    body = [
+        *(verdict(v, runs) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
+        section("The curves", "<div class=axis>",
+                *(f"<input type=radio name=axis id={k}{' checked' * (k == 'tokens')}> <label for={k}>{k}</label>" for k in figures.AXES),
+                *(figure(figures.crossover, c, shown, v, k, part=k) for k in figures.AXES), "</div>"),
+        section("Sub-domains", figure(figures.matrix, c, shown)),
+        section("Floor, recall and forgetting", figure(figures.floor, c, shown),
+                table(["probe", *(f"{c.names[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT),
+        section("Use of blocks", figure(figures.blocks, c, shown)),
+        section("Scores and cost", table([f"at the last milestone; score = {figures.MINUS}bpb", *runs], costs)),
+        *([section("Threats to validity", table(["check", "state", "found"], [[k, x["state"], x["found"]] for k, x in v["checks"].items()]),
+                   "<p class=soft>Runs on other streams or documents are refused. No check sees other domains, sizes, kinds of text.</p>"),
+           section("What differs between the arms", f"<pre>{escape(chr(10).join(differs))}</pre>" if differs else "")] if v else []),
+        section("Samples", *(f"<pre><b>{escape(prompt)}</b></pre><div class=two>" + "".join(
+            f"<div><small>{escape(s['arm'])}, {s['when']} Phase B</small><pre>{escape(s['text'])}</pre></div>" for s in same) + "</div>"
+            for prompt, same in texts.items())),
+        section("How to reproduce it", f"<pre>{escape(chr(10).join(map(shlex.join, commands)).strip())}</pre>",
+                table(["configuration", ""], rest), table(["input", "sha256"], v["inputs"].items()) if v else "")]
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+            f"<title>{result['sentence'].split(':')[0]}: {escape(', '.join(c.names))}</title><style>{CSS}</style><body>{''.join(body)}\n")
+
+
+def report(run_dirs: list[str], arm: str = "cl") -> dict:
+    """Write every output of the report to the first directory; the content of result.json is returned."""
+    records, out = crossover.load(run_dirs), Path(run_dirs[0])
+    v = crossover.certify(run_dirs, arm) if len({r["arm"] for r in records}) > 1 else None
+    c = crossover.curves(records)
+    shown = [c.names.index(name) for name in (v["curves"]["dense_run"][-1], v["cl"])] if v else [int(c.val[..., -1].mean(1).argmax())]
+    result = dict(verdict=v and v["verdict"], sentence=v["sentence"] if v else "one arm: nothing to compare",
+                  ledger=ledger(c, records), certificate=v, runs=[str(d) for d in run_dirs])
+    config, samples = (files.read_json(out / name) if (out / name).is_file() else {} for name in ("config.json", "samples.json"))
+    with matplotlib.rc_context(figures.LOOK):
+        pictures = dict(crossover=figures.crossover(c, shown, v), floor=figures.floor(c, shown), matrix=figures.matrix(c, shown))
+        for name, picture in pictures.items():
+            with files.replacing(out / f"{name}.png") as f:
+                picture.savefig(f, format="png", dpi=160)
+        files.write_text(out / "report.html", page(c, shown, result, config, samples))
+    files.write_json(out / "result.json", result)
+    return result
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    return crossover.parse(argv, "nanochat_cl.report", __doc__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    print(report(args.run_dirs, args.arm)["sentence"])
+    print(f"wrote {Path(args.run_dirs[0]) / 'report.html'} (open it in a browser), three .png and result.json beside it")
+
+
+if __name__ == "__main__":
+    run(main)

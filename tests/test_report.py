@@ -1,0 +1,122 @@
+import json
+import re
+from html import unescape
+
+import pytest
+from PIL import Image
+
+import synthetic
+from nanochat_cl import crossover, report
+
+CONFIG = dict(argv=["python", "-m", "nanochat_cl.evolve", "--arms", "dense,cl"], profile="cpu", seed=42, commit="0123abc",
+              arms=dict(dense=dict(cl=None, depth=4), cl=dict(cl=dict(blocks=16), depth=4)))
+SAMPLES = [dict(arm=arm, when=when, prompt="import numpy", text=f"<script>alert('{arm} {when}')</script>")
+           for arm in ("dense", "cl") for when in ("before", "after")]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A one-seed run with everything there; (folder, page)."""
+    folder = synthetic.write(tmp_path_factory.mktemp("full") / "run", synthetic.records(), config=CONFIG, samples=SAMPLES)
+    report.main([str(folder)])
+    return folder, (folder / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Two seeds in two folders, without any optional part and no configuration; (first folder, page)."""
+    folders = []
+    for seed in (1, 2):
+        rows = synthetic.records(seeds=(seed,), milestones=5)
+        for r in rows:
+            for key in ("blocks", "floor", "recall", "constant_share", "lr_mult", "train_s", "eval_s", "checkpoint_s", "flops",
+                        "subdomain"):
+                del r[key]
+        folders.append(synthetic.write(tmp_path_factory.mktemp("bare") / f"run{seed}", rows))
+    report.main(list(map(str, folders)))
+    assert not (folders[1] / "report.html").exists()
+    return folders[0], (folders[0] / "report.html").read_text()
+
+
+def test_the_verdict_comes_first_with_the_numbers_of_the_certificate(full):
+    folder, page = full
+    v = json.loads((folder / "crossover.json").read_text())
+    text = unescape(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", page, flags=re.S)).replace("\N{NO-BREAK SPACE}", " ")
+    assert text.index(v["verdict"]) < text.index("Before Phase B") < text.index("Threats to validity")
+    assert v["sentence"].split(": ", 1)[1] in text
+    assert all(crossover.interval(part) in text for part in v["parts"].values())
+    assert all(check["found"] in text for check in v["checks"].values())
+    assert "exploratory, not confirmatory" in text and "Another seed may differ" in text and "matched by total parameters;" in text
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_no_code_of_the_models(full, bare):
+    for _, page in (full, bare):
+        assert not re.search(r"<script|<link|<img|<iframe|\ssrc=|@import|url\((?!#)", page)
+        assert not re.search(r'(?<!xmlns=")(?<!xmlns:xlink=")https?://(?!www\.w3\.org|purl\.org|creativecommons\.org)', page)
+    assert "&lt;script&gt;alert(&#x27;cl after&#x27;)" in full[1]
+
+
+def test_ids_are_unique_and_every_reference_finds_its_target(full):
+    ids = re.findall(r'\bid="?([\w.-]+)', full[1])
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:url\(#|href="#|for=)([\w.-]+)', full[1]))
+    assert used and used <= set(ids), used - set(ids)
+
+
+def test_the_axis_switches_between_three_figures(full):
+    for name in ("tokens", "flops", "time"):
+        assert f"<figure class='{name}'>" in full[1] and f"#{name}:checked~.{name}" in full[1]
+    assert full[1].count("<svg") == 6
+
+
+def test_pictures_and_result_are_written(full):
+    folder, _ = full
+    for name in ("crossover", "floor", "matrix"):
+        assert min(Image.open(folder / f"{name}.png").size) > 400
+    result = json.loads((folder / "result.json").read_text(), parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+    assert result["verdict"] == "INCONCLUSIVE" and result["certificate"]["parts"]["gap"]["state"] == "pass"
+    assert result["ledger"]["cl/default"]["params_active"] == 840_000 and result["ledger"]["dense/default"]["tokens"] == 1_048_576
+    assert result["ledger"]["dense/default"]["overhead_frac"] == pytest.approx(16.8 / 88.8)
+    assert all({"bwt", "domain bpb, test"} <= set(run) for run in result["ledger"].values())
+
+
+def test_it_says_how_the_arms_differ_and_how_to_reproduce_it(full):
+    folder, page = full
+    assert f"python -m nanochat_cl.evolve --arms dense,cl\npython -m nanochat_cl.report {folder}" in page
+    assert "<pre>cl: null -&gt; {&quot;blocks&quot;: 16}</pre>" in page and "0123abc" in page
+
+
+def test_what_was_not_measured_is_said_not_invented(bare):
+    folder, page = bare
+    assert page.count("Not measured.") == 6     # two axes, probes, blocks, samples, what differs
+    v = json.loads((folder / "crossover.json").read_text())
+    untested = {k for k, x in v["checks"].items() if x["state"] == "not tested"}
+    assert untested == {"exercised isolation", "routed tokens", "interior dense optimum", "cool-down"}
+    assert not v["confirmatory"] and json.loads((folder / "result.json").read_text())["ledger"]["cl/default"]["train_s"] is None
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S).replace("nanochat", "")
+
+
+def test_one_arm_alone_has_its_curves_and_costs_and_no_verdict(tmp_path):
+    rows = [r for r in synthetic.records(milestones=3) if r["arm"] == "dense"]
+    folder = synthetic.write(tmp_path / "run", rows, config=CONFIG, samples=SAMPLES)
+    result, page = report.report([str(folder)]), (folder / "report.html").read_text()
+    assert result["verdict"] is result["certificate"] is None and list(result["ledger"]) == ["dense/default"]
+    assert "one arm: nothing to compare" in page and page.count("<svg") == 5 and "hypothesis" not in page
+    assert {p.name for p in folder.iterdir()} == {"records.jsonl", "config.json", "samples.json", "result.json", "report.html",
+                                                  "crossover.png", "floor.png", "matrix.png"}
+
+
+def test_recipes_and_controls_share_one_ledger():
+    arms = {("dense", "default"): (1.0, lambda t: 0.0, 0.25), ("cl", "default"): (1.0, lambda t: -0.03 + 0.08 * t, 0.15),
+            ("dense", "lr_mult=0.5"): (0.5, lambda t: 0.02 * t, 0.2), ("dense-rows", "default"): (1.0, lambda t: 0.0, 0.2)}
+    rows = synthetic.records(arms, seeds=(1, 2, 3), milestones=6, docs=3)
+    ledger = report.ledger(crossover.curves(rows), rows)
+    assert list(ledger) == ["dense/default", "dense/lr_mult=0.5", "dense-rows/default", "cl/default"]
+    best = min(list(ledger)[:3], key=lambda name: ledger[name]["domain bpb, val"])
+    assert crossover.assess(rows)["dense_limit"]["run"] == best == "dense/lr_mult=0.5"
+
+
+@pytest.mark.parametrize("x,text", [(561e6, "561,000,000"), (4.1e12, "4.100e+12"), (0.5, "0.5000"), (-1.21, "\N{MINUS SIGN}1.210"),
+                                    (None, "not measured")])
+def test_counts_are_whole_and_scores_have_four_digits(x, text):
+    assert report.quantity(x) == text
