@@ -15,12 +15,18 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 # Set-up: .venv with the project in it. Minutes the first time, mostly for torch.
 command -v nvidia-smi >/dev/null && EXTRAS="[gpu]"
 source runs/setup.sh
-: "${PROFILE:=$(python -m nanochat_cl.machine)}"
+: "${PROFILE:=$(python -m nanochat_cl.machine profile)}"
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat_cl/$PROFILE}"
 [ "$PROFILE" = h100x8 ] && : "${NPROC:=8}"
 : "${NPROC:=1}"
 launch() { if [ "$NPROC" -gt 1 ]; then torchrun --standalone --nproc_per_node="$NPROC" -m "$1" -- "${@:2}"; else python -m "$@"; fi; }
-echo "profile $PROFILE, seed $SEED, $NPROC process(es), everything goes to $NANOCHAT_BASE_DIR"
+if [ "$PROFILE" = cpu ]; then
+    : "${NANOCHAT_DTYPE:=$(python -m nanochat_cl.machine dtype)}"
+    [ -z "$NANOCHAT_DTYPE" ] || export NANOCHAT_DTYPE
+    # glibc gives temporaries of more than 32 MiB back at once and faults them in again, page by page, at each step.
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
+fi
+echo "profile $PROFILE, seed $SEED, $NPROC process(es), computing in ${NANOCHAT_DTYPE:-upstream's default}, everything goes to $NANOCHAT_BASE_DIR"
 
 # Data: general text for Phase A, the domain of Phase B, and of both the documents that no model will ever train on.
 python -m nanochat_cl.corpus --profile "$PROFILE"

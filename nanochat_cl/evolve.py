@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat_cl import command, domain, files, machine, patching, plasticity, routing, runs
+from nanochat_cl import command, crossover, domain, files, machine, patching, plasticity, routing, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.exam import Exam
 from nanochat_cl.profiles import PROFILES
@@ -199,6 +199,14 @@ class Run:
         return " | ".join(["evolve", *filter(None, parts)])
 
 
+def h1(records: list[dict]) -> str:
+    """The H1 check on both Phase A checkpoints: is Model-Dense the better one before Phase B?"""
+    found = crossover.assess(records)
+    gap, general = found["parts"]["gap"], found["general_start"]
+    return (f"evolve | H1 check, cl - dense (score = -bpb, 95 % over {found['over']}): domain {crossover.interval(gap)}, "
+            f"general {crossover.interval(general)}: {dict(fail='fails: cl starts level or above', open='open').get(gap['state'], 'holds')}")
+
+
 def short(count: float) -> str:
     """412k, 31.5M."""
     size, letter = next(((size, letter) for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= size), (1, ""))
@@ -294,6 +302,8 @@ def evolve(args: argparse.Namespace) -> None:
                     step = run.state["step"]
                     if step in run.marks and not any(record["step"] == step for record in run.state["records"]):
                         run.score(pause)
+                        if step == 0 and {"dense", "cl"} <= set(args.arms):
+                            machine.say(h1(run.state["records"]))
                         machine.say(run.line())
                     elif step % max(1, run.steps // LINES) == 0:
                         machine.say(run.line())
@@ -316,7 +326,7 @@ def evolve(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    machine.prepare(bf16=PROFILES[args.profile].bf16)
+    machine.prepare()
     evolve(args)
 
 

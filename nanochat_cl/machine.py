@@ -1,13 +1,15 @@
 """
-What this machine has, and what follows from it. Prints the profile that fits, cpu | gpu1 | h100x8:
+What this machine has, and what follows from it.
 
-python -m nanochat_cl.machine
+python -m nanochat_cl.machine profile    # the one that fits: cpu | gpu1 | h100x8
+python -m nanochat_cl.machine dtype      # NANOCHAT_DTYPE worth setting: bfloat16 on a processor that computes in it, else nothing
 """
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -23,8 +25,8 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def prepare(bf16: bool = False) -> None:
-    """What torch and nanochat read only once: call it before they are imported. bf16: compute in bfloat16 where the processor can."""
+def prepare() -> None:
+    """What torch and nanochat read only once: call it before they are imported."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # base_train sets it too, but after we imported torch
     compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and shutil.which(name)), None)
     if compiler is None:
@@ -32,10 +34,6 @@ def prepare(bf16: bool = False) -> None:
         say("no C++ compiler: compiled steps run eagerly, which is slower; install g++, or set CXX")
     elif compiler != os.environ.get("CXX", "g++"):
         os.environ["CXX"] = compiler  # torch itself takes $CXX, else g++, and looks no further
-    dtype, reason = compute_dtype() if bf16 else (None, "")
-    if dtype and "NANOCHAT_DTYPE" not in os.environ:
-        os.environ["NANOCHAT_DTYPE"] = dtype
-        say(f"computing in {dtype} ({reason}); NANOCHAT_DTYPE=float32 overrides")
     import torch._dynamo
     torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
 
@@ -46,11 +44,11 @@ def _cpuinfo(field: str, path: str | Path = "/proc/cpuinfo") -> str:
     return found.group(1) if found else ""
 
 
-def compute_dtype(cpuinfo: str | Path = "/proc/cpuinfo") -> tuple[str | None, str]:
-    """The NANOCHAT_DTYPE worth setting and why; None where upstream's own choice is right, as on GPUs."""
+def compute_dtype(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
+    """bfloat16 where the processor computes in it; "" where upstream's own choice is right, as on GPUs."""
     import torch
-    flags = [] if torch.cuda.is_available() else _cpuinfo("flags", cpuinfo).split()
-    return next((("bfloat16", f"the processor has {flag}") for flag in ("amx_bf16", "avx512_bf16") if flag in flags), (None, ""))
+    found = {"amx_bf16", "avx512_bf16"} & set(_cpuinfo("flags", cpuinfo).split())
+    return "bfloat16" if found and not torch.cuda.is_available() else ""
 
 
 def describe() -> dict:
@@ -78,4 +76,4 @@ def check_disk(path: Path, needed: int) -> None:
 
 
 if __name__ == "__main__":
-    print(detect_profile())
+    print({"profile": detect_profile, "dtype": compute_dtype}[sys.argv[1]]())

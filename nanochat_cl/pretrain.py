@@ -126,7 +126,7 @@ def base_train(flags: dict) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    from nanochat.common import get_base_dir
+    from nanochat.common import COMPUTE_DTYPE, get_base_dir
 
     from nanochat_cl import accounting, arms, patching, tokenizer
     from patches import settings
@@ -140,7 +140,7 @@ def pretrain(args: argparse.Namespace) -> None:
     flags["model_tag"] = flags["model_tag"] or f"d{flags['depth']}_{args.arm}_s{args.seed}"
     folder = Path(get_base_dir()) / "base_checkpoints" / flags["model_tag"]
     record = begun(folder, {
-        "arm": args.arm, "seed": args.seed, "cl": cl, "world_size": world_size,
+        "arm": args.arm, "seed": args.seed, "cl": cl, "world_size": world_size, "dtype": str(COMPUTE_DTYPE),
         "tokenizer": hashlib.sha256(token_bytes.numpy().tobytes()).hexdigest()[:16],
         "flags": {name: value for name, value in flags.items() if name not in INDIFFERENT}})
     if (folder / "phase_a.json").is_file():
@@ -183,7 +183,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    machine.prepare(bf16=PROFILES[args.profile].bf16)
+    machine.prepare()
     pretrain(args)
 
 

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRAS="[test]" source runs/setup.sh
-python -m pytest -q --durations=15 "$@"
+python -m pytest -q --durations=15 -n "$(nproc)" --dist loadfile "$@"

@@ -62,19 +62,10 @@ def test_bfloat16_is_proposed_where_the_processor_computes_in_it(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\nbugs\t: avx512_bf16\n")
-    assert machine.compute_dtype(cpuinfo) == (("bfloat16", f"the processor has {expected}") if expected else (None, ""))
-    assert machine.compute_dtype(tmp_path / "none")[0] is None
+    assert machine.compute_dtype(cpuinfo) == ("bfloat16" if expected else "")
+    assert machine.compute_dtype(tmp_path / "none") == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert machine.compute_dtype(cpuinfo)[0] is None
-
-
-def test_bfloat16_is_set_only_when_asked_for_and_not_over_the_users_choice(tmp_path):
-    executable(tmp_path / "g++")
-    then = ("print(os.environ.get('NANOCHAT_DTYPE'))")
-    expected = machine.compute_dtype()[0]
-    assert prepare(tmp_path, then=then)[-1] == "None"
-    assert prepare(tmp_path, "bf16=True", then=then)[-1] == str(expected)
-    assert prepare(tmp_path, "bf16=True", then=then, NANOCHAT_DTYPE="float32")[-1] == "float32"
+    assert machine.compute_dtype(cpuinfo) == ""
 
 
 @pytest.mark.parametrize("gpus, profile", [(0, "cpu"), (1, "gpu1"), (4, "gpu1"), (8, "h100x8"), (16, "h100x8")])

@@ -13,6 +13,7 @@ the chunks that `_document_batches` yielded: {"pq/rg/epoch/chunk": "doc doc ..."
 resume, so a resumed run sees the very next batch. A state with only pq_idx, rg_idx and epoch is accepted as well: reading
 then restarts at the row group behind that place and what was buffered is lost.
 """
+import atexit
 from bisect import bisect_right, insort
 from collections.abc import Generator, Iterator
 from itertools import count, groupby
@@ -111,7 +112,14 @@ def _ahead(items: Generator, depth: int) -> Iterator:
             items.close()
 
     thread = Thread(target=produce, name="packing", daemon=True)
+
+    def finish() -> None:
+        stop.set()
+        room.release()
+        thread.join()
+
     thread.start()
+    atexit.register(finish)  # an interpreter that ends while the tokenizer's native code runs in a thread aborts
     try:
         while True:
             item, error = ready.get()
@@ -122,8 +130,8 @@ def _ahead(items: Generator, depth: int) -> Iterator:
                 raise error
             yield item
     finally:
-        stop.set()
-        room.release()
+        atexit.unregister(finish)
+        finish()
 
 
 def _packed(tokenizer, B: int, T: int, split: str, tokenizer_threads: int, tokenizer_batch_size: int, resume_state_dict: dict | None,
