@@ -26,7 +26,7 @@ if [ "$PROFILE" = cpu ]; then
     # glibc gives temporaries of more than 32 MiB back at once and faults them in again, page by page, at each step.
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 fi
-echo "profile $PROFILE, seed $SEED, $NPROC process(es), computing in ${NANOCHAT_DTYPE:-upstream's default}, everything goes to $NANOCHAT_BASE_DIR"
+echo "profile $PROFILE, seed $SEED, $NPROC process(es), ${NANOCHAT_DTYPE:-default dtype}, everything goes to $NANOCHAT_BASE_DIR"
 
 # Data: general text for Phase A, the domain of Phase B, and of both the documents that no model will ever train on.
 python -m nanochat_cl.corpus --profile "$PROFILE"
