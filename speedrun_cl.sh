@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole experiment: does Model-CL start lower, overtake, and end above the best the dense model can ever reach?
 #
-#   bash speedrun_cl.sh                         # detects the machine; on 2 CPU cores about a quarter of an hour after installation
+#   bash speedrun_cl.sh                         # detects the machine; on 2 CPU cores about 10 minutes after installation
 #   PROFILE=gpu1 SEED=7 bash speedrun_cl.sh     # the profiles are in nanochat_cl/profiles.py
 #
 # Every stage is skipped when it is complete and continues where it was stopped, so after Ctrl-C run the same command again.

@@ -28,7 +28,7 @@ class Profile:
 
 PROFILES = {p.name: p for p in (
     Profile(
-        name="cpu", description="the whole experiment at toy size on 2 cores, about a quarter of an hour",
+        name="cpu", description="the whole experiment at toy size on 2 cores, about 10 minutes",
         general="embedded", domain="python", vocab_size=2048,
         # The learning rates are explicit: upstream scales them by sqrt(batch / 524,288), which at 8,192 tokens is 1/8.
         pretrain=("--depth=4", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=512", "--window-pattern=L",
