@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from nanochat import checkpoint_manager, common, gpt
 
-from nanochat_cl import accounting, arms, files, plasticity, recipes, routing, runs
+from nanochat_cl import accounting, arms, files, machine, plasticity, recipes, routing, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.recall import Recall
 
@@ -109,10 +109,11 @@ class Learner:
             routing.reset_usage(self.model)
         pieces = list(zip(inputs.to(self.device).split(rows), targets.to(self.device).split(rows)))
         total = torch.zeros((), device=self.device)
-        for x, y in pieces:
-            loss = self.compiled(x, y) / len(pieces)
-            loss.backward()
-            total += loss.detach()
+        with machine.fixed_sums(self.device.type == "cpu"):
+            for x, y in pieces:
+                loss = self.compiled(x, y) / len(pieces)
+                loss.backward()
+                total += loss.detach()
         if self.sparse:
             used = runs.over_ranks(routing.usage(self.model), "sum")
             self.plastic(used)

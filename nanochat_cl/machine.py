@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -36,6 +38,20 @@ def prepare() -> None:
         os.environ["CXX"] = compiler  # torch itself takes $CXX, else g++, and looks no further
     import torch._dynamo
     torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
+
+
+@contextmanager
+def fixed_sums(on: bool) -> Iterator[None]:
+    """
+    While on, sums over repeated indices are made in a fixed order: on a CPU, compiled for several threads, the gradient of an embedding
+    otherwise depends on which of them comes first. Off for dense in Phase A, which stays what upstream's own script makes of it.
+    """
+    import torch
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _cpuinfo(field: str, path: str | Path = "/proc/cpuinfo") -> str:

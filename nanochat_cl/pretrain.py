@@ -126,7 +126,7 @@ def base_train(flags: dict) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    from nanochat.common import COMPUTE_DTYPE, get_base_dir
+    from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, get_base_dir
 
     from nanochat_cl import accounting, arms, patching, tokenizer
     from patches import settings
@@ -161,7 +161,8 @@ def pretrain(args: argparse.Namespace) -> None:
         machine.say(f"{who} continues from step {last} (resume: {record['resumes'][-1]['kind']})")
     if rank == 0:
         files.write_json(folder / "phase_a_begun.json", record)
-    with settings.using(seed=args.seed, arm=cl), patching.applied():
+    on_cpu = (flags["device_type"] or autodetect_device_type()) == "cpu"
+    with settings.using(seed=args.seed, arm=cl), patching.applied(), machine.fixed_sums(cl is not None and on_cpu):
         base_train(flags)
     if rank != 0:
         return

@@ -96,3 +96,10 @@ def test_only_rank_0_speaks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     machine.say("shown")
     assert capsys.readouterr().out == "shown\n"
+
+
+def test_sums_have_a_fixed_order_inside_and_are_left_alone_outside():
+    for on in (True, False):
+        with machine.fixed_sums(on):
+            assert torch.are_deterministic_algorithms_enabled() is on
+        assert not torch.are_deterministic_algorithms_enabled()

@@ -234,6 +234,8 @@ def train(args: argparse.Namespace) -> None:
     master = ddp_rank == 0
     on_cuda = device_type == "cuda"
     synchronize = torch.cuda.synchronize if on_cuda else lambda: None
+    if device_type == "cpu":  # compiled for several threads, an embedding's gradient otherwise depends on which of them comes first
+        torch.use_deterministic_algorithms(True, warn_only=True)
     peak_flops = float("inf")
     if on_cuda:
         peak_flops = get_peak_flops(torch.cuda.get_device_name(0))
