@@ -1,9 +1,11 @@
 """scripts.base_train: the scaling rules against recorded tables, and whole small runs: deterministic, resumable to the last bit."""
+import importlib
 import json
 import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from nanochat.checkpoint_manager import load_checkpoint, load_model
 from nanochat.command import UserError, run
 from nanochat.fp8 import Float8Linear, convert_to_float8_training
 from nanochat.gpt import Linear
-from nanochat_cl.upstream import tree
+from nanochat_cl.upstream import REPO, tree
 from scripts import base_train, tok_train
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -155,6 +157,35 @@ def test_fp8_is_left_out_of_small_layers_and_around_evaluation():
             assert type(model[0]) is Linear and model[0].weight is weight
             raise RuntimeError("inside")
     assert model[0] is converted and converted.weight is weight
+
+
+def test_evaluation_is_in_eval_mode_without_fp8_and_training_goes_on_as_before():
+    model = torch.nn.Sequential(Linear(128, 256, bias=False), torch.nn.Dropout(0.5))
+    convert_to_float8_training(model)
+    with base_train.evaluating(model):
+        assert type(model[0]) is Linear and not model.training and not model[1].training
+    assert type(model[0]) is Float8Linear and model.training and model[0].training and model[1].training
+
+
+# --- now and then -----------------------------------------------------------------------------------------------------
+
+def test_what_recurs_skips_the_first_step_and_never_the_last():
+    at = lambda every: [step for step in range(8) if base_train.due(step, every, last_step=step == 7)]
+    assert (at(3), at(7), at(100), at(0), at(-1)) == ([3, 6, 7], [7], [7], [], [])
+
+
+def test_the_metadata_hold_the_place_of_every_rank_in_the_data(monkeypatch):
+    states = [{"rank": r, "world_size": 2, "tokenizer_batch_size": 128, "pq_idx": r} for r in range(2)]
+    assert base_train.gather_loader_state(states[0]) == states[0], "one rank keeps its own"
+    monkeypatch.setattr(base_train, "is_ddp_initialized", lambda: True)
+    monkeypatch.setattr(base_train.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(base_train.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), states))
+    gathered = base_train.gather_loader_state(states[1])
+    assert gathered["pq_idx"] == 0, "another tree reads rank 0's"
+    for rank in range(2):
+        for name, value in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)]:
+            monkeypatch.setenv(name, str(value))
+        assert base_train.exact_state(gathered) == {**states[rank], **({"other_ranks": states[1:]} if rank == 0 else {})}
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -328,9 +359,12 @@ def test_what_this_run_cannot_do_is_said_in_one_line(base_dir, whole, train, arg
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_another_number_of_ranks_is_refused(base_dir, whole, train, monkeypatch):
+def test_ranks_that_nothing_connects_and_another_number_of_ranks_are_refused(base_dir, whole, train, monkeypatch):
     for name, value in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")]:
         monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="nothing averages the gradients of 2 ranks"):
+        train("alone")
+    monkeypatch.setattr(base_train, "is_ddp_initialized", lambda: True)
     with pytest.raises(UserError, match="saved by 1 ranks, this run has 2"):
         train(whole[0], "--resume-from-step=2")
 
@@ -342,3 +376,114 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(base_dir, w
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"damaged/model_000006\.pt cannot be read .* newest older step that is readable is 4"):
         train("damaged", "--resume-from-step=6", "--num-iterations=8")
+
+
+def test_in_float16_the_gradient_scaler_is_saved_and_a_resumed_run_has_the_same_bits(base_dir):
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(tree()),
+           "NANOCHAT_DTYPE": "float16"}
+    for tag, more in [("half", []), ("half2", ["--resume-from-step=2"])]:
+        folder = base_dir / "base_checkpoints" / tag
+        folder.mkdir(parents=True)
+        for path in (base_dir / "base_checkpoints" / "half").glob("*000002*") if more else []:
+            shutil.copy(path, folder)
+        command = [sys.executable, "-m", "scripts.base_train", *TINY, "--num-iterations=4", "--eval-every=-1", f"--model-tag={tag}", *more]
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert equal(checkpoint(base_dir, "half", 4), checkpoint(base_dir, "half2", 4))
+    model, _, meta = checkpoint(base_dir, "half", 4)
+    assert meta["loop_state"]["grad_scaler"]["_growth_tracker"] == 4, "four steps without an overflow"
+    assert {value.dtype for value in model.values()} == {torch.float32}
+
+
+def test_training_draws_no_random_numbers(train):
+    """Why a resumed run needs no state of a generator: after the initial weights, none is asked again."""
+    states = []
+    for steps in (1, 4):
+        train("draws", f"--num-iterations={steps}", "--eval-every=-1", "--save-every=-1")
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_what_wandb_gets_has_nanochats_keys(train, monkeypatch):
+    logged, runs = [], []
+
+    class Wandb:
+        @staticmethod
+        def init(**kwargs):
+            runs.append(kwargs)
+            return Wandb
+
+        @staticmethod
+        def log(values):
+            logged.append(values)
+
+        @staticmethod
+        def finish():
+            runs.append("finished")
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    monkeypatch.setattr(base_train, "evaluate_core", lambda model, tokenizer, device, max_per_task: {
+        "core_metric": max_per_task / 1000, "centered_results": {"cats": float(model.training)}})
+    out = train("logged", "--run=mine", "--core-metric-every=4", "--core-metric-max-per-task=250")
+    assert runs[0]["project"] == "nanochat" and runs[0]["name"] == "mine" and runs[0]["config"]["depth"] == 2 and runs[1] == "finished"
+    at = {"step", "total_training_flops"}
+    assert [(v["step"], set(v) - at) for v in logged] == [
+        (0, {"total_training_time", "val/bpb"}),
+        (0, {"total_training_time", "train/loss", "train/lrm", "train/dt", "train/tok_per_sec", "train/mfu", "train/epoch"}),
+        (3, {"total_training_time", "val/bpb"}), (4, {"core_metric", "centered_results"}),
+        (6, {"total_training_time", "val/bpb"}), (6, {"core_metric", "centered_results"})]
+    flops = float(re.search(r"FLOPs per token: (\S+)", out)[1])
+    assert logged[-1]["total_training_flops"] == pytest.approx(flops * 256 * 6) and logged[-1]["centered_results"] == {"cats": 0.0}
+    assert re.findall(r"^Step (\d+) \| CORE metric: (.*)$", out, re.MULTILINE) == [("00004", "0.2500"), ("00006", "0.2500")]
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+def commands(recipe: str) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every command in a recipe, with a number in place of each variable."""
+    text = (tree() / "runs" / recipe).read_text()
+    found = re.findall(r"^ *(?:python -m|launch) ([\w.]+)(.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    words = lambda arguments: shlex.split(re.sub(r"\$\w+", "3", arguments.split("#")[0].split(" & ")[0]))
+    return [(module, words(arguments)) for module, arguments in found]
+
+
+@pytest.mark.skipif(tree() != REPO / "upstream", reason="another tree is in use")
+@pytest.mark.parametrize("recipe, modules", [
+    ("speedrun.sh", "dataset dataset tok_train tok_eval base_train base_eval"),
+    ("runcpu.sh", "dataset tok_train tok_eval base_train base_eval"), ("miniseries.sh", "dataset tok_train"), ("scaling_laws.sh", "")])
+def test_every_command_of_a_recipe_is_accepted(recipe, modules):
+    assert subprocess.run(["bash", "-n", tree() / "runs" / recipe]).returncode == 0
+    assert [module.split(".")[1] for module, _ in commands(recipe)] == modules.split()
+    for module, argv in commands(recipe):
+        if not module.endswith("tok_eval"):  # takes none
+            args = importlib.import_module(module).parse(argv)
+            if module.endswith("base_train"):
+                base_train.check(args)
+
+
+@pytest.mark.skipif(tree() != REPO / "upstream", reason="another tree is in use")
+@pytest.mark.parametrize("recipe, folder, models", [
+    ("miniseries.sh", "toy_miniseries_results", [("d12_toy", 12, 32), ("d20_toy", 20, 16)]),
+    ("scaling_laws.sh", "scaling_laws_results_toy", [("d12_1e18", 12, 32), ("d20_1e18", 20, 32)])])
+def test_a_series_gets_one_row_per_model_and_continues_where_it_stopped(whole, tmp_path, recipe, folder, models):
+    """torchrun is replaced by the output of a real run, so the labels that the recipe looks for are those that base_train prints."""
+    output = tmp_path / "output"
+    output.write_text(whole[1] + "Step 00006 | CORE metric: 0.1234\n")
+    (tmp_path / "torchrun").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncat {output}\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NANOCHAT_BASE_DIR": str(tmp_path), "SKIP_SETUP": "1",
+           "SERIES_NAME": "toy", "BUDGETS": "1e18"}
+    for depths in ("12", "12 20"):
+        subprocess.run(["bash", tree() / "runs" / recipe], env={**env, "DEPTHS": depths}, check=True, capture_output=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    arguments = [base_train.parse(call.split(" -- ")[1].split()) for call in calls]
+    assert [(args.model_tag, args.depth, args.device_batch_size) for args in arguments] == models
+    assert arguments[0].run == f"toy_{models[0][0]}"
+    for args in arguments:
+        base_train.check(args)
+    header, *rows = [line.split(",") for line in (tmp_path / folder / "results.csv").read_text().splitlines()]
+    number = lambda pattern: re.findall(pattern, whole[1])[-1].replace(",", "")
+    for (name, depth, _), row in zip(models, rows, strict=True):
+        assert dict(zip(header, row, strict=True)) == {
+            "name": name, "depth": str(depth), "params": number(r"total +: (\S+)"), "matrices": number(r"transformer_matrices +: (\S+)"),
+            "lm_head": number(r"lm_head +: (\S+)"), "iterations": "6", "tokens": "1536", "flops": number(r"FLOPs estimate: (\S+)"),
+            "val_bpb": number(r"Validation bpb: (\S+)"), "core": "0.1234", "minutes": "0.00"}

@@ -2,13 +2,16 @@
 import json
 import os
 import random
+import re
 
 import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
+from nanochat import files
 from nanochat.checkpoint_manager import UnreadableCheckpoint, find_largest_model, find_last_step, load_checkpoint, save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
+from nanochat_cl.upstream import REPO, tree
 
 MODEL = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}
 OPTIM = {"state": {0: {"step": 3, "exp_avg": torch.ones(4)}},
@@ -229,3 +232,45 @@ def test_optimizer_states_are_found_by_rank_and_may_be_absent(saved_model):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UnreadableCheckpoint, match="optim_000005_rank0"):
         cm.load_optimizer_state("base", "cpu", 0)
+
+
+def test_a_tag_and_a_step_choose_the_model_in_any_folder_and_only_rank_0_logs(saved_model, monkeypatch, caplog):
+    base, model = saved_model
+    folder, device = base / "base_checkpoints", torch.device("cpu")
+    caplog.set_level("INFO")
+    for again, tokenizer, meta in (cm.load_model_from_dir(str(folder), device, "train", model_tag="d2", step=5),
+                                   cm.build_model(str(folder / "d2"), 5, device, "train")):
+        assert again.training and tokenizer.get_vocab_size() == 50 and meta["step"] == 5
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    assert [r.message for r in caplog.records if "at step 5" in r.message] == [f"Loading model from {folder}/d2 at step 5"]
+    monkeypatch.setenv("RANK", "1")
+    caplog.clear()
+    cm.log0("unheard")
+    assert caplog.records == []
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, events = tmp_path / "file", []
+    path.write_bytes(b"old")
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append((os.fstat(fd).st_size, path.read_bytes())), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("renamed"), replace(*names)))
+    with files.replacing(str(path)) as f:
+        f.write(b"new content")
+    assert events == [(11, b"old"), "renamed"] and path.read_bytes() == b"new content" and os.listdir(tmp_path) == ["file"]
+    with pytest.raises(KeyboardInterrupt):
+        with files.replacing(str(path)) as f:
+            f.write(b"half")
+            raise KeyboardInterrupt
+    assert path.read_bytes() == b"new content" and os.listdir(tmp_path) == ["file"]
+
+
+def test_nothing_in_the_tree_writes_a_file_in_another_way():
+    if tree() != REPO / "upstream":
+        pytest.skip("another tree is in use")
+    writing = re.compile(r"""open\([^)]*["'][wax]b?\+?["']|write_text|write_bytes|torch\.save\((?!.*, f\))""")
+    lines = [(path.name, line) for path in sorted(tree().rglob("*.py")) for line in path.read_text().splitlines()]
+    found = [f"{name}: {line.strip()}" for name, line in lines if writing.search(line)]
+    assert found == ['files.py: with open(partial, "wb") as f:']

@@ -162,9 +162,14 @@ def test_core_is_written_as_a_table(base, model, capsys):
     assert rows == [["Task", "Accuracy", "Centered"], ["cats", "1.000000", "1.000000"], ["CORE", "", "1.000000"]]
 
 
-def test_a_second_rank_that_unpacks_the_bundle_finds_it_in_place(base):
+def test_a_second_rank_that_unpacks_the_bundle_finds_it_in_place(base, monkeypatch):
     with zipfile.ZipFile(base / "eval_bundle.zip", "w") as archive:
         archive.writestr("eval_bundle/core.yaml", "icl_tasks: []\n")
+        archive.writestr("eval_bundle/eval_data/a.b/LICENSE", "free")
+    flushed, fsync = [], base_eval.os.fsync
+    monkeypatch.setattr(base_eval.os, "fsync", lambda fd: (flushed.append((base / "eval_bundle").exists()), fsync(fd)))
+    base_eval.place_eval_bundle(str(base / "eval_bundle.zip"))
+    assert flushed == [False, False], "both files are on the disk before the folder has its name"
     for _ in range(2):
         base_eval.place_eval_bundle(str(base / "eval_bundle.zip"))
     assert (base / "eval_bundle" / "core.yaml").read_text() == "icl_tasks: []\n"
@@ -190,9 +195,12 @@ def test_flags_of_the_evaluation_are_those_of_nanochat(base, model, capsys):
 def test_the_readme_lists_every_module_with_its_size_and_tests_that_exist():
     if tree() != REPO / "upstream":
         pytest.skip("another tree is in use")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tree() / "README.md").read_text().splitlines() if ".py`" in line]
+    table = [line for line in (tree() / "README.md").read_text().splitlines() if line.startswith("|") and ".py`" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     listed = {}
-    for _, modules, lines, tests, *_ in rows[1:]:  # the first has the pattern of the test names
+    for cells in rows:
+        assert len(cells) == 5 and all(cells), f"an open cell: {cells}"
+        _, modules, lines, tests, _ = cells
         modules = re.findall(r"`([\w/]+\.py)`", modules)
         real = sum(len((tree() / m).read_text().splitlines()) for m in modules)
         assert abs(real - int(lines)) <= 0.1 * real, f"{modules}: the README says {lines} lines, there are {real}"

@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 import zipfile
+from pathlib import Path
 
 import torch
 import yaml
@@ -44,11 +45,14 @@ SAMPLE_PROMPTS = [
 
 
 def place_eval_bundle(file_path: str) -> None:
-    """Unpack the downloaded archive; the finished folder appears in the base directory at once."""
+    """Unpack the downloaded archive; the finished folder appears in the base directory at once, when all of it is on the disk."""
     base_dir = get_base_dir()
     with tempfile.TemporaryDirectory(dir=base_dir) as folder:
         with zipfile.ZipFile(file_path) as archive:
             archive.extractall(folder)
+        for file in filter(Path.is_file, Path(folder).rglob("*")):
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
         target = os.path.join(base_dir, "eval_bundle")
         try:
             os.replace(os.path.join(folder, "eval_bundle"), target)
@@ -100,6 +104,13 @@ def write_core_csv(path: str, core: dict) -> None:
         f.write("".join(lines).encode("utf-8"))
 
 
+def print_completions(engine: Engine, tokenizer) -> None:
+    """The prompts above, each with the 16 most likely tokens."""
+    for prompt in SAMPLE_PROMPTS:
+        samples, _ = engine.generate_batch(tokenizer(prompt, prepend="<|bos|>"), num_samples=1, max_tokens=16, temperature=0)
+        print0(tokenizer.decode(samples[0]))
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a base model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -126,9 +137,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if "sample" in args.modes and rank == 0:
         engine = Engine(model, tokenizer)
-        for prompt in SAMPLE_PROMPTS:
-            samples, _ = engine.generate_batch(tokenizer(prompt, prepend="<|bos|>"), num_samples=1, max_tokens=16, temperature=0)
-            print0(tokenizer.decode(samples[0]))
+        print_completions(engine, tokenizer)
         print0("Unconditioned samples:")
         samples, _ = engine.generate_batch([tokenizer.get_bos_token_id()], num_samples=8, max_tokens=128, temperature=1.0)
         for sample in samples:

@@ -34,7 +34,7 @@ from nanochat.flash_attention import HAS_FA3, USE_FA3
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from scripts.base_eval import SAMPLE_PROMPTS, evaluate_core
+from scripts.base_eval import evaluate_core, print_completions
 
 REFERENCE_DEPTH = 12           # the model at which the hyperparameters were tuned ...
 REFERENCE_BATCH = 2 ** 19      # ... and its best batch, in tokens
@@ -54,7 +54,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
     add("--head-dim", type=int, default=128, help="width of an attention head")
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
-    add("--window-pattern", type=str, default="SSSL", help="attention windows, tiled over the layers: L = full, S = a quarter")
+    add("--window-pattern", type=str, default="SSSL", 
+        help="attention windows, tiled over the layers: L = the whole context, S = a quarter of it, rounded up to 128s")
     # the horizon: the first of the three that is given decides
     add("--num-iterations", type=int, default=-1, help="optimizer steps")
     add("--target-flops", type=float, default=-1.0, help="steps from a budget of training FLOPs")
@@ -173,9 +174,7 @@ def muon_weight_decay(it: int, num_iterations: int, weight_decay: float) -> floa
 
 def fp8_eligible(module: torch.nn.Module, name: str) -> bool:
     """Linears big enough to gain, with both sides in the multiples of 16 that the hardware wants; not the small gates."""
-    if not isinstance(module, torch.nn.Linear):
-        return False
-    sides = (module.in_features, module.out_features)
+    sides = (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else (0, 0)
     return all(side % 16 == 0 for side in sides) and min(sides) >= 128
 
 
@@ -195,6 +194,15 @@ def disable_fp8(model: torch.nn.Module):
     finally:
         for parent, child, module in swapped:
             setattr(parent, child, module)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module):
+    """In eval mode and without FP8."""
+    model.eval()
+    with disable_fp8(model):
+        yield
+    model.train()
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -231,6 +239,8 @@ def train(args: argparse.Namespace) -> None:
     # device, logging
     device_type = args.device_type or autodetect_device_type()
     _, ddp_rank, _, ddp_world_size, device = compute_init(device_type)
+    if ddp_world_size > 1 and not is_ddp_initialized():  # the original trains on, each rank its own model
+        raise UserError(f"without CUDA nothing averages the gradients of {ddp_world_size} ranks; start one process, without torchrun")
     master = ddp_rank == 0
     on_cuda = device_type == "cuda"
     synchronize = torch.cuda.synchronize if on_cuda else lambda: None
@@ -241,9 +251,8 @@ def train(args: argparse.Namespace) -> None:
         peak_flops = get_peak_flops(torch.cuda.get_device_name(0))
         print0(f"GPU: {torch.cuda.get_device_name(0)} | Peak FLOPS (BF16): {peak_flops:.2e}")
     print0(f"COMPUTE_DTYPE: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
-    if args.run == "dummy" or not master:
-        wandb_run = DummyWandb()
-    else:
+    wandb_run = DummyWandb()
+    if args.run != "dummy" and master:
         import wandb
         wandb_run = wandb.init(project="nanochat", name=args.run, config=user_config)
     if USE_FA3:
@@ -283,8 +292,7 @@ def train(args: argparse.Namespace) -> None:
     elif args.fp8:
         from nanochat.fp8 import Float8LinearConfig, convert_to_float8_training
         convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(args.fp8_recipe), module_filter_fn=fp8_eligible)
-        converted = sum("Float8" in type(m).__name__ for m in model.modules())
-        print0(f"FP8: converted {converted} linear layers ({args.fp8_recipe})")
+        print0(f"FP8: converted {sum('Float8' in type(m).__name__ for m in model.modules())} linear layers ({args.fp8_recipe})")
     orig_model = model  # the eager one: state dicts, CORE and samples, whose shapes vary
     model = torch.compile(model, dynamic=False)
 
@@ -313,7 +321,7 @@ def train(args: argparse.Namespace) -> None:
     if resuming:
         optimizer.load_state_dict(optimizer_data)
         del optimizer_data
-    scaler = torch.amp.GradScaler() if COMPUTE_DTYPE == torch.float16 else None
+    scaler = torch.amp.GradScaler(device_type) if COMPUTE_DTYPE == torch.float16 else None
     if scaler and resuming and "grad_scaler" in meta["loop_state"]:
         scaler.load_state_dict(meta["loop_state"]["grad_scaler"])
 
@@ -348,12 +356,10 @@ def train(args: argparse.Namespace) -> None:
         print0(f"The data continue {how}")
     train_loader = tokenizing_distributed_data_loader_with_state_bos_bestfit(
         tokenizer, B, T, split="train", device=device, resume_state_dict=loader_state)
-    build_val_loader = lambda: tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, split="val", device=device)
     # `loader_state` belongs to the last batch trained on, and is what a checkpoint keeps: the prefetched batch comes again.
     x, y, next_state = next(train_loader)
 
-    step, val_bpb = (meta["step"], meta["val_bpb"]) if resuming else (0, None)
-    loop = meta["loop_state"] if resuming else {}
+    step, val_bpb, loop = (meta["step"], meta["val_bpb"], meta["loop_state"]) if resuming else (0, None, {})
     min_val_bpb = loop.get("min_val_bpb", float("inf"))
     smooth_train_loss = loop.get("smooth_train_loss", 0.0)
     total_training_time = loop.get("total_training_time", 0.0)
@@ -365,30 +371,22 @@ def train(args: argparse.Namespace) -> None:
 
         # now and then: validate, evaluate, sample, save
         if args.eval_every > 0 and (last_step or step % args.eval_every == 0):
-            model.eval()
-            with disable_fp8(orig_model):
-                val_bpb = evaluate_bpb(model, build_val_loader(), args.eval_tokens // micro_tokens, token_bytes)
-            model.train()
+            with evaluating(orig_model):
+                val_loader = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, split="val", device=device)
+                val_bpb = evaluate_bpb(model, val_loader, args.eval_tokens // micro_tokens, token_bytes)
             print0(f"Step {step:05d} | Validation bpb: {val_bpb:.6f}")
             min_val_bpb = min(min_val_bpb, val_bpb)
             wandb_run.log({**so_far, "total_training_time": total_training_time, "val/bpb": val_bpb})
 
         if due(step, args.core_metric_every, last_step):
-            orig_model.eval()
-            with disable_fp8(orig_model):
+            with evaluating(orig_model):
                 core = evaluate_core(orig_model, tokenizer, device, max_per_task=args.core_metric_max_per_task)
-            orig_model.train()
             print0(f"Step {step:05d} | CORE metric: {core['core_metric']:.4f}")
             wandb_run.log({**so_far, "core_metric": core["core_metric"], "centered_results": core["centered_results"]})
 
         if master and due(step, args.sample_every, last_step):
-            orig_model.eval()
-            engine = Engine(orig_model, tokenizer)
-            with disable_fp8(orig_model):
-                for prompt in SAMPLE_PROMPTS:
-                    samples, _ = engine.generate_batch(tokenizer(prompt, prepend="<|bos|>"), num_samples=1, max_tokens=16, temperature=0)
-                    print0(tokenizer.decode(samples[0]))
-            orig_model.train()
+            with evaluating(orig_model):
+                print_completions(Engine(orig_model, tokenizer), tokenizer)
 
         if last_step or (step != args.resume_from_step and due(step, args.save_every, last_step)):
             save_checkpoint(checkpoint_dir, step, orig_model.state_dict(), optimizer.state_dict(), {
@@ -449,8 +447,7 @@ def train(args: argparse.Namespace) -> None:
         eta = ""
         if step > UNTIMED_STEPS:
             total_training_time += dt
-            average = total_training_time / (step - UNTIMED_STEPS)
-            eta = f" | eta: {(num_iterations - step - 1) * average / 60:.1f}m"
+            eta = f" | eta: {(num_iterations - step - 1) * total_training_time / (step - UNTIMED_STEPS) / 60:.1f}m"
         print0(f"step {step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.2f}%) | loss: {loss_to_show:.6f} | lrm: {lrm:.2f} | "
                f"dt: {dt * 1000:.2f}ms | tok/sec: {tok_per_sec:,} | bf16_mfu: {mfu:.2f} | epoch: {epoch} | "
                f"total time: {total_training_time / 60:.2f}m{eta}")
@@ -468,8 +465,7 @@ def train(args: argparse.Namespace) -> None:
             gc.collect()
 
     train_loader.close()
-    peak_mib = torch.cuda.max_memory_allocated() / 2 ** 20 if on_cuda else 0
-    print0(f"Peak memory usage: {peak_mib:.2f}MiB")
+    print0(f"Peak memory usage: {torch.cuda.max_memory_allocated() / 2 ** 20 if on_cuda else 0:.2f}MiB")
     print0(f"Total training time: {total_training_time / 60:.2f}m")
     if val_bpb is not None:
         print0(f"Minimum validation bpb: {min_val_bpb:.6f}")
