@@ -36,21 +36,32 @@ def windows(config: Any) -> list[int]:
     return [T if pattern[i % len(pattern)] == "L" else short for i in range(c["n_layer"] - 1)] + [T]
 
 
-def routers(config: Any) -> int:
-    """Parameters that a Model-CL has beyond the dense model of its size: router rows and balances, 0 for a dense config."""
+def additional(config: Any) -> int:
+    """Parameters that a Model-CL has beyond dense's: router rows and balances, and hidden units where it is wider. 0 for a dense config."""
     c = _fields(config)
-    if c.get("cl") is None:
+    n, cl = c["n_embd"], c.get("cl")
+    if cl is None:
         return 0
-    routed = c["cl"]["blocks"] - c["cl"]["shared"]
-    return c["n_layer"] * (-(-routed // ROUTER_ROWS) * ROUTER_ROWS * c["n_embd"] + routed)
+    routers = sum(-(-routed // ROUTER_ROWS) * ROUTER_ROWS * n + routed for routed in _routed(c))
+    return c["n_layer"] * (routers + 2 * n * (cl["blocks"] * cl["block"] - 4 * n))
+
+
+def _routed(c: Mapping[str, Any]) -> list[int]:
+    """Routed blocks, and routed heads where there are any, of a layer."""
+    return [routed for routed in (c["cl"]["blocks"] - c["cl"]["shared"], c["n_head"] - c["cl"]["shared_heads"]) if routed]
+
+
+def _working(cl: Mapping[str, Any]) -> int:
+    """Blocks of a layer that work for a token: of a reserve, once it is released, those that join."""
+    return cl["shared"] + cl["active"] + min(cl["join"], cl["released"])
 
 
 def matmul_params(config: Any) -> int:
-    """Weights that work for one token."""
+    """Weights that work for one token. Heads that were not chosen are multiplied by 0, not skipped, so they count."""
     c = _fields(config)
     L, n, cl = c["n_layer"], c["n_embd"], c.get("cl")
     kv = c["n_kv_head"] * (n // c["n_head"])
-    hidden = 4 * n if cl is None else (cl["shared"] + cl["active"]) * cl["block"]
+    hidden = 4 * n if cl is None else _working(cl) * cl["block"]
     padded = math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
     return L * (2 * n * n + 2 * kv * n + 2 * hidden * n) + GATE * c["n_kv_head"] * math.ceil(L / 2) + padded * n + SMEAR
 
@@ -61,9 +72,9 @@ def params(config: Any) -> dict[str, int]:
     L, n, cl = c["n_layer"], c["n_embd"], c.get("cl")
     padded = math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
     tables = padded * n + math.ceil(L / 2) * padded * c["n_kv_head"] * (n // c["n_head"])
-    active = matmul_params(config) + tables + 2 * L + 2 + routers(config)
-    idle = 0 if cl is None else L * 2 * n * cl["block"] * (cl["blocks"] - cl["shared"] - cl["active"])
-    return {"total": active + idle, "active": active}
+    dense = matmul_params({**c, "cl": None}) + tables + 2 * L + 2
+    idle = 0 if cl is None else L * 2 * n * cl["block"] * (cl["blocks"] - _working(cl))
+    return {"total": dense + additional(c), "active": dense + additional(c) - idle}
 
 
 def flops_per_token(config: Any) -> float:
@@ -73,5 +84,13 @@ def flops_per_token(config: Any) -> float:
     flops = 6 * matmul_params(config) + sum(12 * n * w for w in windows(config))
     if cl is not None:  # pooling has no backward, a router only that of its weight
         starts = len(boundaries(c["sequence_len"], cl["chunk"]))
-        flops += starts * 2 * n + starts / c["sequence_len"] * L * 4 * (cl["blocks"] - cl["shared"]) * n
+        flops += starts * 2 * n + starts / c["sequence_len"] * L * 4 * sum(_routed(c)) * n
     return flops
+
+
+def ledger(config: Any) -> str:
+    """What a model has and costs beside the dense model of its depth and width, in one line."""
+    c = _fields(config)
+    dense, mine = ((*params(x).values(), flops_per_token(x)) for x in ({**c, "cl": None}, c))
+    names = ("parameters", "active ones", "training FLOPs per token")
+    return ", ".join(f"{value:,.0f} {name} ({value / of:.1%} of dense)" for name, value, of in zip(names, mine, dense))

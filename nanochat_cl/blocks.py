@@ -1,7 +1,9 @@
 """
-The MLP of Model-CL: nanochat's relu^2 layer cut into blocks, of which the shared ones serve every token and few others a chunk.
+The layers of Model-CL: nanochat's relu^2 MLP cut into blocks, and its attention by heads. Shared ones serve every token, a few others
+a chunk. No nn.Linear: conversions that replace linears must not find them.
 
-B rows, T positions, n width, S chunks, G blocks of width b (shared ones first), R routed, k chosen per chunk, M chunks of one length.
+B rows, T positions, n width, S chunks, G blocks of width b (shared ones first), R routed, k chosen per chunk, M chunks of one length,
+H heads (shared ones first) of width D, K key/value heads.
 """
 from itertools import groupby
 from typing import Any
@@ -11,55 +13,90 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_cl.accounting import ROUTER_ROWS
-from nanochat_cl.routing import Decision
+from nanochat_cl.routing import Decision, Routed
+
+SHORT = 64  # tokens: for chunks below, computing every block costs less than copying the chosen ones together
 
 
 class Blocks(nn.Module):
-    """A stack of block matrices (G, b, n). No nn.Linear: conversions that replace linears must not find it."""
+    """A stack of matrices (G, b, n), as one linear layer n -> G*b."""
 
     def __init__(self, blocks: int, width: int, n_embd: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, width, n_embd))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.dtype).flatten(0, 1).mT
 
-class BlockSparseMLP(nn.Module):
+
+class BlockSparseMLP(Routed):
     """
-    In the place of nanochat's MLP, with as many weights: c_fc.weight and c_proj.weight are (G, b, n), rows being hidden units, so
-    c_proj is stored transposed. `decision` is set for the length of a forward by `routing.decide`.
+    In the place of nanochat's MLP: c_fc.weight and c_proj.weight are (G, b, n), rows being hidden units, so c_proj is stored transposed.
     """
 
     def __init__(self, config: Any):
-        super().__init__()
         cl, n = config.cl, config.n_embd
-        self.shared, self.routed, self.backend = cl["shared"], cl["blocks"] - cl["shared"], cl["backend"]
+        super().__init__(n, cl["blocks"] - cl["shared"], cl["active"], cl["held"], cl["join"])
+        self.shared, self.backend = cl["shared"], cl["backend"]
         self.c_fc = Blocks(cl["blocks"], cl["block"], n)
         self.c_proj = Blocks(cl["blocks"], cl["block"], n)
-        # Sharded AdamW cuts the first dimension, so the ranks must divide it: a few rows more, which no block has and no step moves.
-        self.router = nn.Parameter(torch.empty(-(-self.routed // ROUTER_ROWS) * ROUTER_ROWS, n))
-        self.balance = nn.Parameter(torch.empty(self.routed))    # added to the scores for choosing, not for gates
-        self.register_buffer("usage", torch.empty(self.routed))  # tokens served in training
-        self.decision: Decision | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, n), normalised -> (B, T, n)."""
-        if self.decision is None:
-            raise RuntimeError("a Model-CL layer ran without a routing decision: apply the patches before GPT.forward is called")
-        cut = [self.shared, self.routed]
+        decision, cut = self.decided(), [self.shared, self.routed]
         (fc, fc_routed), (proj, proj_routed) = (m.weight.to(x.dtype).split(cut) for m in (self.c_fc, self.c_proj))
-        routed = masked if self.backend == "masked" else bmm
-        return relu2(x @ fc.flatten(0, 1).mT) @ proj.flatten(0, 1) + routed(x, fc_routed, proj_routed, self.decision)
+        return relu2(x @ fc.flatten(0, 1).mT) @ proj.flatten(0, 1) + BACKENDS[self.backend](x, fc_routed, proj_routed, decision)
+
+
+class HeadProjection(Routed):
+    """
+    In the place of attention's c_proj: the output of a head that was not chosen is multiplied by 0 before it is projected, so that all
+    that is the head's own gets a gradient of exactly 0. weight (H, D, n), rows being head dimensions, so it is stored transposed.
+    """
+
+    def __init__(self, config: Any):
+        cl, self_heads = config.cl, config.n_head - config.cl["shared_heads"]
+        super().__init__(config.n_embd, self_heads, cl["active_heads"])
+        self.shared = cl["shared_heads"]
+        self.weight = nn.Parameter(torch.empty(config.n_head, config.n_embd // config.n_head, config.n_embd))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (B, T, n), the heads side by side -> (B, T, n)."""
+        gate = spread(self.decided(), self.routed)                                     # (B, T, R)
+        gate = F.pad(gate, (self.shared, 0), value=1.0).to(y.dtype)
+        heads = y.unflatten(-1, self.weight.shape[:2]) * gate.unsqueeze(-1)
+        return heads.flatten(-2) @ self.weight.to(y.dtype).flatten(0, 1)
+
+
+def by_head(attention: nn.Module, config: Any) -> nn.Module:
+    """nanochat's CausalSelfAttention, its matrices stored head by head: c_q (H, D, n), c_k and c_v (K, D, n), ve_gate (K, 1, 12)."""
+    width = config.n_embd // config.n_head
+    attention.c_q = Blocks(config.n_head, width, config.n_embd)
+    attention.c_k, attention.c_v = (Blocks(config.n_kv_head, width, config.n_embd) for _ in range(2))
+    attention.c_proj = HeadProjection(config)
+    if attention.ve_gate is not None:
+        attention.ve_gate = Blocks(config.n_kv_head, 1, attention.ve_gate.weight.shape[1])
+    return attention
 
 
 def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def masked(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
-    """The reference: every block computes, and the gate of a block that wasn't chosen is 0. fc, proj (R, b, n)."""
+def spread(decision: Decision, routed: int) -> Tensor:
+    """The gate of each of the `routed` blocks at each position, 0 where it wasn't chosen: (B, T, R)."""
     B, S, _ = decision.choice.shape
-    gate = decision.gate.new_zeros(B, S, fc.shape[0]).scatter(-1, decision.choice, decision.gate)
-    gate = torch.cat([gate[:, i:i + 1].expand(-1, length, -1) for i, length in enumerate(decision.lengths)], dim=1)  # (B, T, R)
+    gate = decision.gate.new_zeros(B, S, routed).scatter(-1, decision.choice, decision.gate)
+    if max(decision.lengths) == 1:
+        return gate
+    return torch.cat([gate[:, i:i + 1].expand(-1, length, -1) for i, length in enumerate(decision.lengths)], dim=1)
+
+
+# --- backends: x (B, T, n), fc and proj (R, b, n) -> (B, T, n) --------------------------------------------------------
+
+def masked(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
+    """The reference: every block computes, and the gate of a block that wasn't chosen is 0."""
+    gate = spread(decision, fc.shape[0])
     hidden = relu2(x @ fc.flatten(0, 1).mT).unflatten(-1, fc.shape[:2]) * gate.to(x.dtype).unsqueeze(-1)
     return hidden.flatten(-2) @ proj.flatten(0, 1)
 
@@ -83,7 +120,7 @@ class Gather(torch.autograd.Function):
 
 
 def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
-    """Copy each chunk's blocks together and multiply in batches, one batch per run of chunks of equal length. fc, proj (R, b, n)."""
+    """Copy each chunk's blocks together and multiply in batches, one batch per run of chunks of equal length."""
     (B, _, n), b = x.shape, fc.shape[1]
     out, chunk, position = [], 0, 0
     for length, run in groupby(decision.lengths):
@@ -95,3 +132,30 @@ def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
         out.append((hidden.flatten(-2) @ Gather.apply(proj, choice)).view(B, count * length, n))
         chunk, position = chunk + count, position + count * length
     return torch.cat(out, dim=1)
+
+
+def one_choice(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
+    """Where all chunks of all rows chose the same blocks, in the same order, as in decoding: an ordinary MLP of these. Else ValueError."""
+    if not torch.compiler.is_compiling() and not (decision.choice == decision.choice[:1, :1]).all():
+        raise ValueError("the backend slice needs one choice for all chunks; these chose differently: use auto, bmm or masked")
+    choice = decision.choice[0, 0]
+    gate = spread(decision._replace(choice=torch.arange(len(choice), device=x.device).expand_as(decision.choice)), len(choice))
+    hidden = relu2(x @ fc[choice].flatten(0, 1).mT).unflatten(-1, (len(choice), -1)) * gate.to(x.dtype).unsqueeze(-1)
+    return hidden.flatten(-2) @ proj[choice].flatten(0, 1)
+
+
+def auto(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
+    """One choice where there is one chunk; else short chunks masked, the others by bmm."""
+    if decision.choice.shape[0] * decision.choice.shape[1] == 1:
+        return one_choice(x, fc, proj, decision)
+    out, chunk, position = [], 0, 0
+    for short, run in groupby([length < SHORT for length in decision.lengths]):
+        lengths = decision.lengths[chunk:chunk + len(list(run))]
+        at = slice(chunk, chunk + len(lengths))
+        here, part = x[:, position:position + sum(lengths)], Decision(decision.choice[:, at], decision.gate[:, at], lengths)
+        out.append((masked if short else bmm)(here, fc, proj, part))
+        chunk, position = chunk + len(lengths), position + sum(lengths)
+    return torch.cat(out, dim=1)
+
+
+BACKENDS = {"auto": auto, "masked": masked, "bmm": bmm, "slice": one_choice}

@@ -9,10 +9,12 @@ B rows, T positions, S chunks, n width, L layers, R routed blocks, k chosen ones
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
 
-from nanochat_cl.accounting import boundaries
+from nanochat_cl.accounting import ROUTER_ROWS, boundaries
 from nanochat_cl.seeds import seed_for
 
 ROUTER_STD = 0.02   # zeros would make ties
@@ -31,12 +33,41 @@ class State(NamedTuple):
     """What cached decoding carries from call to call."""
     total: Tensor   # (B, n) sum over the tokens in reach
     weight: Tensor  # (B, 1) how many there are
-    choice: Tensor  # (L, B, k) of the chunk in progress
-    gate: Tensor    # (L, B, k)
+    chosen: tuple[tuple[Tensor, Tensor], ...]  # for each kind of part, choice and gate (L, B, k) of the chunk in progress
 
     def expand(self, rows: int) -> "State":
         """The state of one row for `rows` rows, copied."""
-        return State(*(t.expand(rows, -1).clone() for t in self[:2]), *(t.expand(-1, rows, -1).clone() for t in self[2:]))
+        return State(*(t.expand(rows, -1).clone() for t in self[:2]),
+                     tuple(tuple(t.expand(-1, rows, -1).clone() for t in pair) for pair in self.chosen))
+
+
+class Routed(torch.nn.Module):
+    """
+    A part of a layer that is routed: R blocks, of which the last `held` are in reserve. Of the others `active` serve a chunk, and of
+    those released from the reserve `joining` besides. `decision` is set for the length of a forward by `decide`.
+    """
+
+    def __init__(self, n_embd: int, routed: int, active: int, held: int = 0, join: int = 0):
+        super().__init__()
+        self.routed, self.active, self.held, self.join, self.joining = routed, active, held, join, 0
+        # Sharded AdamW cuts the first dimension, so the ranks must divide it: a few rows more, which no block has and no step moves.
+        self.router = torch.nn.Parameter(torch.empty(-(-routed // ROUTER_ROWS) * ROUTER_ROWS, n_embd))
+        self.balance = torch.nn.Parameter(torch.empty(routed))    # added to the scores for choosing, not for gates
+        self.register_buffer("usage", torch.empty(routed))        # tokens served in training
+        self.register_buffer("released", torch.empty((), dtype=torch.int64), persistent=False)  # blocks of the reserve
+        self.decision: Decision | None = None
+
+    def decided(self) -> Decision:
+        if self.decision is None:
+            raise RuntimeError("a Model-CL layer ran without a routing decision: apply the patches before GPT.forward is called")
+        return self.decision
+
+
+def parts(model: torch.nn.Module) -> list[list[Routed]]:
+    """By kind, one for each layer: the MLPs, and the output projections of attention where heads are routed."""
+    layers = model.transformer.h
+    kinds = [layer.mlp for layer in layers], [layer.attn.c_proj for layer in layers]
+    return [kind for kind in kinds if isinstance(kind[0], Routed)]
 
 
 class Nudge(torch.autograd.Function):
@@ -72,11 +103,14 @@ def common(token_count: Tensor, table: Tensor) -> Tensor:
 def reach_weights(idx: Tensor, starts: list[int], cl: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """
     How much each token of idx (B, T) counts for a chunk that starts at each of `starts`, (B, S, T), and how much what came before
-    idx does, (B, S, 1). "bos": all tokens since the last BOS; "row": all; "ema": all, half as much every `chunk` / 2 tokens. BOS never.
+    idx does, (B, S, 1). "bos": all tokens since the last BOS; "row": all; "ema": all, half as much every `chunk` / 2 tokens; "token": the
+    one that starts the chunk, which is all of it. BOS never.
     """
     position = torch.arange(idx.shape[1], device=idx.device)
     start = torch.tensor(starts, device=idx.device)[:, None]                       # (S, 1)
     before, bos = (position < start)[None], (idx == cl["bos"])[:, None]            # (1, S, T), (B, 1, T)
+    if cl["reach"] == "token":
+        return (position == start).float()[None] * ~bos, torch.zeros(idx.shape[0], len(starts), 1, device=idx.device)
     if cl["reach"] == "bos":
         last = torch.where(before & bos, position, -1).amax(-1, keepdim=True)      # (B, S, 1)
         return (before & (position > last)).float(), (last < 0).float()
@@ -86,13 +120,51 @@ def reach_weights(idx: Tensor, starts: list[int], cl: dict[str, Any]) -> tuple[T
     return (before & ~bos) * decay(start - 1 - position), decay(start.float())[None].expand(idx.shape[0], -1, -1)
 
 
+def centred(total: Tensor, weight: Tensor, constant: Tensor, everywhere: Tensor) -> Tensor:
+    """Chunk features from sums (B, S, n) over tokens of `weight` (B, S, 1); `constant` (n,) where there are none."""
+    pooled = torch.where(weight > 0, total / weight.clamp(min=1e-6), constant) - everywhere
+    return F.rms_norm(pooled, pooled.shape[-1:])
+
+
+@torch.no_grad()
+def passages(model: torch.nn.Module, idx: Tensor) -> Tensor:
+    """The features (P, n) by which the chunks of idx (B, T) are routed in Phase B, but for those under the constant choice."""
+    weights, _ = reach_weights(idx, boundaries(idx.shape[1], model.config.cl["chunk"]), model.config.cl)
+    table, weight = model.routing_embedding, weights.sum(-1, keepdim=True)
+    everywhere = common(model.token_count, table)
+    return centred(weights @ features(table, idx), weight, everywhere, everywhere)[weight[..., 0] > 0]
+
+
+def choose(parts: list[Routed], pooled: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The blocks of one kind, `parts` (one for each layer, all alike), for chunks of `lengths` positions with the features `pooled` (B, S, n):
+    choice and gate (L, B, S, k), and used (L, R) tokens. Released blocks join the others of a chunk and displace none.
+    """
+    first = parts[0]
+    score = torch.einsum("bsn,lrn->lbsr", pooled, torch.stack([part.router[:part.routed] for part in parts]))
+    preference = (score + torch.stack([part.balance for part in parts])[:, None, None]).detach()
+    old = first.routed - first.held
+    choice = preference[..., :old].topk(first.active).indices
+    if first.joining:
+        held_back = torch.arange(first.held, device=pooled.device) >= first.released
+        joined = preference[..., old:].masked_fill(held_back, -torch.inf).topk(first.joining).indices
+        choice = torch.cat([choice, old + joined], dim=-1)
+    chosen = torch.zeros_like(preference).scatter(-1, choice, 1.0)                 # (L, B, S, R)
+    used = torch.einsum("lbsr,s->lr", chosen, torch.tensor(lengths, device=pooled.device, dtype=torch.float32))
+    return choice, 2 * torch.sigmoid(score.gather(-1, choice)), used
+
+
+def over_ranks(counts: Tensor) -> Tensor:
+    """The sum over all ranks, so that they go on routing alike; traceable."""
+    return all_reduce(counts, "sum", dist.group.WORLD) if dist.is_initialized() else counts
+
+
 def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None) -> None:
     """
-    Choose the blocks of every layer for idx (B, T) and leave the decisions at `block.mlp.decision`. With a cache, idx continues what
-    the cache holds: the chunk in progress keeps its blocks. In training the blocks' use is counted.
+    Choose blocks and heads of every layer for idx (B, T) and leave the decision with each part. With a cache, idx continues what the
+    cache holds: the chunk in progress keeps its blocks. In training their use is counted.
     """
-    cl, mlps = model.config.cl, [block.mlp for block in model.transformer.h]
-    routed, T = cl["blocks"] - cl["shared"], idx.shape[1]
+    cl, kinds, T = model.config.cl, parts(model), idx.shape[1]
     position = kv_cache.get_pos() if kv_cache is not None else 0
     state = getattr(kv_cache, "routing", None) if position else None
     if position and state is None:
@@ -102,41 +174,47 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None) -> None:
     frozen = getattr(model, "routing_embedding", None)
     table = model.transformer.wte.weight if frozen is None else frozen
     everywhere = common(model.token_count, table)  # as counted before this batch, which must not take part in its own routing
-    if model.training and frozen is None:
+    counting = model.training and frozen is None
+    if counting:
         ones = torch.ones_like(idx.flatten(), dtype=torch.float32)
         seen = torch.zeros_like(model.token_count).index_add(0, idx.flatten(), ones)  # whole numbers: the same in any order of adding
-        model.token_count.mul_(MEMORY).add_(seen)
+        model.token_count.mul_(MEMORY).add_(over_ranks(seen))
 
     weights, carried = reach_weights(idx, starts if kv_cache is None else [*starts, T], cl)
     total, weight = weights @ features(table, idx), weights.sum(-1, keepdim=True)  # (B, S, n), (B, S, 1); the last for the cache
     if state is not None:
         total, weight = total + carried * state.total[:, None], weight + carried * state.weight[:, None]
-    choice = gate = None
+    made: list[tuple[Tensor, Tensor]] = []
     if starts:
-        total_s, weight_s = total[:, :len(starts)], weight[:, :len(starts)]
         constant = features(table, torch.tensor(cl["bos"], device=idx.device))
-        pooled = torch.where(weight_s > 0, total_s / weight_s.clamp(min=1e-6), constant) - everywhere
-        pooled = F.rms_norm(pooled, pooled.shape[-1:])
-        router = torch.stack([mlp.router[:routed] for mlp in mlps])
-        balance = torch.stack([mlp.balance for mlp in mlps])                       # (L, R)
-        score = torch.einsum("bsn,lrn->lbsr", pooled, router)
-        choice = (score + balance[:, None, None]).detach().topk(cl["active"]).indices
-        gate = 2 * torch.sigmoid(score.gather(-1, choice))
-        if model.training:
-            chosen = torch.zeros_like(score).scatter(-1, choice, 1.0).detach()     # (L, B, S, R)
-            used = torch.einsum("lbsr,s->lr", chosen, torch.tensor(lengths, device=idx.device, dtype=torch.float32))
-            with torch.no_grad():
-                for mlp, tokens in zip(mlps, used):
-                    mlp.usage.add_(tokens)
-            gate = Nudge.apply(gate, balance, used / idx.numel() - cl["active"] / routed)
+        pooled = centred(total[:, :len(starts)], weight[:, :len(starts)], constant, everywhere)
+        for kind in kinds:
+            choice, gate, used = choose(kind, pooled, lengths)
+            if model.training:
+                used = over_ranks(used) if counting else used
+                with torch.no_grad():
+                    for part, tokens in zip(kind, used):
+                        part.usage.add_(tokens)
+                served = idx.numel() * (dist.get_world_size() if counting and dist.is_initialized() else 1)
+                old = kind[0].routed - kind[0].held
+                excess = F.pad(used[:, :old] / served - kind[0].active / old, (0, kind[0].held))
+                gate = Nudge.apply(gate, torch.stack([part.balance for part in kind]), excess)
+            made.append((choice, gate))
     if not starts or starts[0] > 0:                                                # the chunk in progress goes on
-        lengths = ((starts or [T])[0], *lengths)
-        choice, gate = ((state_part[:, :, None] if part is None else torch.cat([state_part[:, :, None], part], dim=2))
-                        for state_part, part in ((state.choice, choice), (state.gate, gate)))
+        lengths, before = ((starts or [T])[0], *lengths), [tuple(t[:, :, None] for t in held) for held in state.chosen]
+        made = [tuple(torch.cat(pair, dim=2) for pair in zip(held, new)) for held, new in zip(before, made)] if made else before
     if kv_cache is not None:
-        kv_cache.routing = State(total[:, -1], weight[:, -1], choice[:, :, -1], gate[:, :, -1])
-    for layer, mlp in enumerate(mlps):
-        mlp.decision = Decision(choice[layer], gate[layer], lengths)
+        kv_cache.routing = State(total[:, -1], weight[:, -1], tuple((choice[:, :, -1], gate[:, :, -1]) for choice, gate in made))
+    for kind, (choice, gate) in zip(kinds, made):
+        for layer, part in enumerate(kind):
+            part.decision = Decision(choice[layer], gate[layer], lengths)
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Drop the decisions: they hold on to the autograd graph."""
+    for kind in parts(model):
+        for part in kind:
+            part.decision = None
 
 
 def init(model: torch.nn.Module) -> None:
@@ -145,11 +223,20 @@ def init(model: torch.nn.Module) -> None:
     wte = model.transformer.wte.weight
     model.register_buffer("token_count", torch.zeros(wte.shape[0], device=wte.device))
     with torch.no_grad():
-        for block in model.transformer.h:
-            router = block.mlp.router
-            router.copy_(torch.randn(router.shape, generator=generator) * ROUTER_STD)
-            block.mlp.balance.zero_()
-            block.mlp.usage.zero_()
+        for kind in parts(model):
+            for part in kind:
+                part.router.copy_(torch.randn(part.router.shape, generator=generator) * ROUTER_STD)
+                part.balance.zero_()
+                part.usage.zero_()
+    release(model, model.config.cl["released"])
+
+
+def release(model: torch.nn.Module, count: int) -> None:
+    """From now on `count` blocks of each layer's reserve may be chosen. They were never written to, so they add 0 until they learn."""
+    model.config.cl["released"] = count
+    for part in (part for kind in parts(model) for part in kind):
+        part.released.fill_(min(count, part.held))
+        part.joining = min(part.join, count)
 
 
 def freeze(model: torch.nn.Module, optimizer: torch.optim.Optimizer, table: Tensor | None = None) -> None:
@@ -166,26 +253,26 @@ def freeze(model: torch.nn.Module, optimizer: torch.optim.Optimizer, table: Tens
             group["lr"] = group["initial_lr"] = 0.0
 
 
-def usage(model: torch.nn.Module) -> Tensor:
-    """(L, R) tokens that each routed block served in training since the last reset, on this rank."""
-    return torch.stack([block.mlp.usage for block in model.transformer.h]).clone()
+def usage(model: torch.nn.Module) -> list[Tensor]:
+    """For each kind of part (L, R) tokens that each routed block served in training since the last reset; in Phase B on this rank."""
+    return [torch.stack([part.usage for part in kind]).clone() for kind in parts(model)]
 
 
 def reset_usage(model: torch.nn.Module) -> None:
-    for block in model.transformer.h:
-        block.mlp.usage.zero_()
+    for kind in parts(model):
+        for part in kind:
+            part.usage.zero_()
 
 
 @torch.no_grad()
 def choices(model: torch.nn.Module, idx: Tensor) -> Tensor:
-    """(L, B, S, k) blocks that a forward of idx (B, T) uses, each chunk's in ascending order. Counts nothing."""
+    """(L, B, S, k) blocks of the MLPs that a forward of idx (B, T) uses, each chunk's in ascending order. Counts nothing."""
     training = model.training
     model.eval()
     decide(model, idx)
     model.train(training)
-    found = torch.stack([block.mlp.decision.choice for block in model.transformer.h])
-    for block in model.transformer.h:
-        block.mlp.decision = None
+    found = torch.stack([part.decision.choice for part in parts(model)[0]])
+    forget(model)
     return found.sort(-1).values
 
 

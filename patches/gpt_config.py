@@ -24,6 +24,6 @@ def wrap(original):
         if cl is None:
             return original(*args, **kwargs)
         config = ConfigCL(*args, **kwargs)
-        config.cl = arms.fit(cl, config.n_embd)
+        config.cl = arms.fit(cl, config.n_embd, config.n_head)
         return config
     return GPTConfig

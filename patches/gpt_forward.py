@@ -20,7 +20,6 @@ def wrap(original):
             return original(self, idx, targets, kv_cache, loss_reduction)
         routing.decide(self, idx, kv_cache)
         out = original(self, idx, targets, kv_cache, loss_reduction)
-        for block in self.transformer.h:
-            block.mlp.decision = None  # it holds on to the autograd graph
+        routing.forget(self)
         return out
     return forward

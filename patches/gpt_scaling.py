@@ -8,6 +8,8 @@ Verified: tests/test_model_cl.py.
 """
 import functools
 
+from nanochat_cl import accounting
+
 SIGNATURE = ("self",)
 
 
@@ -17,7 +19,6 @@ def wrap(original):
         counts = original(self)
         if getattr(self.config, "cl", None) is None:
             return counts
-        ours = sum(p.numel() for block in self.transformer.h for p in block.mlp.parameters())
-        dense = len(self.transformer.h) * 8 * self.config.n_embd ** 2
-        return {key: value + (dense - ours if key in ("transformer_matrices", "total") else 0) for key, value in counts.items()}
+        more = accounting.additional(self.config)
+        return {key: value - (more if key in ("transformer_matrices", "total") else 0) for key, value in counts.items()}
     return num_scaling_params

@@ -9,14 +9,14 @@ Keeps:    groups without the key `isolate` (every group of a dense model) go to 
           all ranks see the same one.
 Verified: tests/test_isolation.py.
 
-K layers, G blocks (b, n). Keys of a group: `isolate` (bool); `block_scale` (G floats, optional): factors on the step of each block.
+K matrices of G blocks (b, n). Keys of a group: `isolate` (bool); `decay`, the dense model's learning rate over ours, which decay follows;
+`block_scale` (G floats, optional), factors on the step of each block.
 """
 import functools
 
 import torch
 
 SIGNATURE = ("self", "group", "info", "gather_list", "rank")
-DECAY = 2.0  # a dense up-projection decays by 2 lr wd, blocks step with lr where it steps with 2 lr: the factor belongs to the decay
 
 
 def block_step(kernel, group):
@@ -29,7 +29,7 @@ def block_step(kernel, group):
             moves = moves & (scale > 0)
         before = [t.clone() for t in (params, momentum, second)]
         lr = torch.full_like(lr_t, group["lr"])  # upstream's own factor for tall matrices doesn't apply, see gpt_optimizer
-        kernel(*(t.flatten(0, 1) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * DECAY, beta2_t, ns_steps, -1)
+        kernel(*(t.flatten(0, 1) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * group["decay"], beta2_t, ns_steps, -1)
         if scale is not None:
             params.copy_(torch.where(scale == 1, params, before[0].lerp(params, scale)))
         for now, old in zip((params, momentum, second), before):

@@ -10,13 +10,14 @@ import functools
 
 import torch
 
+# `rows` of a group: pieces of a row that are left alone each by itself, one for each head whose value embedding it holds; else 1.
 SIGNATURE = ("self", "group", "info", "gather_list", "rank", "world_size")
 
 
-def row_step(kernel):
-    """`kernel` (nanochat's adamw_step_fused), undone where a whole row of the gradient is zero."""
+def row_step(kernel, pieces):
+    """`kernel` (nanochat's adamw_step_fused), undone where a whole row, or one of its `pieces`, of the gradient (N, n) is zero."""
     def step(p, grad, exp_avg, exp_avg_sq, *scalars):
-        moves = grad.flatten(1).any(-1).view(-1, *[1] * (grad.ndim - 1))
+        moves = grad.unflatten(-1, (pieces, -1)).any(-1, keepdim=True).expand(-1, -1, grad.shape[-1] // pieces).flatten(1)
         before = [t.clone() for t in (p, exp_avg, exp_avg_sq)]
         kernel(p, grad, exp_avg, exp_avg_sq, *scalars)
         for now, old in zip((p, exp_avg, exp_avg_sq), before):
@@ -31,7 +32,7 @@ def wrap(original):
             return original(self, group, info, gather_list, rank, world_size)
         import nanochat.optim as optim
         kernel = optim.adamw_step_fused
-        optim.adamw_step_fused = row_step(kernel)
+        optim.adamw_step_fused = row_step(kernel, group["rows"])
         try:
             return original(self, group, info, gather_list, rank, world_size)
         finally:

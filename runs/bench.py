@@ -27,7 +27,8 @@ from nanochat_cl import command, files, machine, upstream
 
 NO_GPU = {"unmeasured": "this machine has no GPU; the same command measures it on one"}
 NO_CPU = {"unmeasured": "a GPU was measured; with CUDA_VISIBLE_DEVICES= before the command it is the CPU"}
-MLP_NOTE = """FLOPs over dense is the least that time over dense could be. `masked`, the reference, computes every block. Of "routed 1/4
+MLP_NOTE = """FLOPs over dense is the least that time over dense could be. `masked`, the reference, computes every block; `slice` has one
+choice for all chunks; `auto` is the default. Of "routed 1/4
 by itself" all blocks are routed and each chunk uses a quarter of them. Chunks begin at 0, 16, 32, ... below C, as routing has them, but
 for the last line."""
 Results = dict[str, list[dict[str, Any]]]  # of each side, one per round
@@ -169,7 +170,7 @@ def bench_base(args: argparse.Namespace, base: Path, on_gpu: bool) -> str:
 
 
 def bench_blocks(args: argparse.Namespace, base: Path, on_gpu: bool) -> str:
-    shapes = [(1280, 32, 2048, "bfloat16")] if on_gpu else [(n, 1, 2048, dtype) for n in args.width for dtype in cpu_dtypes()]
+    shapes = [(1280, 32, 2048, "bfloat16")] if on_gpu else [(n, 1, 2048, dtype) for n in args.width for dtype in cpu_dtypes()[-1:]]
     layers = {}
     for n, rows, T, dtype in shapes:
         name = f"n={n}, {rows} x {T} tokens, {dtype}"

@@ -63,7 +63,7 @@ def train_steps(case: Case, arm: str, steps: int, started: float) -> dict[str, A
         dataloader.SimpleQueue = Watched
 
     words, heads = tokenizer.get_tokenizer(), -(-case.depth * 64 // 128)
-    cl = arms.cl(128 * heads, words.get_bos_token_id(), arm) if arm else None
+    cl = arms.cl(128 * heads, heads, words.get_bos_token_id(), arm) if arm else None
     config = gpt.GPTConfig(sequence_len=case.seq_len, vocab_size=words.get_vocab_size(), n_layer=case.depth, n_head=heads, n_kv_head=heads,
                            n_embd=128 * heads, window_pattern=case.pattern or ("L" if on_gpu and not flash_attention.USE_FA3 else "SSSL"),
                            **({"cl": cl} if cl else {}))
@@ -141,25 +141,27 @@ def time_layers(n: int, rows: int, seq_len: int, rounds: int, repeat: int = 3) -
             torch.nn.init.normal_(p, std=0.02)
         weights = [mlp.c_fc.weight, mlp.c_proj.weight]
         group = dict(kind="muon", lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.0)
-        muon = optim.MuonAdamW([{**group, "params": [p], **({"isolate": True} if cl else {})} for p in weights])
+        muon = optim.MuonAdamW([{**group, "params": [p], **({"isolate": True, "decay": 2.0} if cl else {})} for p in weights])
         if cl:
             starts = accounting.boundaries(seq_len, cl["chunk"]) if early else list(range(0, seq_len, cl["chunk"]))
             gate, choice = torch.rand(rows, len(starts), cl["blocks"] - cl["shared"], device=device).topk(cl["active"])
+            if cl["backend"] == "slice":
+                choice = choice[:1, :1].expand_as(choice)
             mlp.decision = blocks.Decision(choice, gate.requires_grad_(), tuple(b - a for a, b in zip(starts, [*starts[1:], seq_len])))
-        forward = (lambda x: blocks.bmm(x, *(p.to(x.dtype) for p in weights), mlp.decision)) if alone else mlp
+        forward = (lambda x: blocks.auto(x, *(p.to(x.dtype) for p in weights), mlp.decision)) if alone else mlp
         return torch.compile(forward, dynamic=False), muon
 
     def flops(cl: dict | None) -> float:
         """Of the matmuls, as the project counts them: those of a one-layer model less those of one whose MLP is empty."""
         model = dict(n_layer=1, n_embd=n, n_head=1, n_kv_head=1, vocab_size=64)
         count = lambda cl: accounting.matmul_params({**model, "cl": cl})
-        return count(cl) - count({"shared": 0, "active": 0, "block": 0})
+        return count(cl) - count({"shared": 0, "active": 0, "block": 0, "join": 0, "released": 0})
 
-    layer = lambda C, backend="bmm": arms.cl(n, 0, "cl", chunk=C, backend=backend)
+    layer = lambda C, backend="auto": arms.cl(n, 1, 0, "cl", chunk=C, backend=backend)
     alone = lambda C: {**layer(C), "shared": 0, "active": layer(C)["blocks"] // 4}  # routed blocks only, a quarter of them active
-    wanted = {"dense": (None,), "masked, C=512": (layer(512, "masked"),)}
-    wanted |= {f"bmm, C={C}": (layer(C),) for C in CHUNKS if C <= seq_len}
-    wanted |= {f"routed 1/4 by itself, bmm, C={C}": (alone(C), True, True) for C in CHUNKS if C <= seq_len}
+    wanted = {"dense": (None,), **{f"{backend}, C=512": (layer(512, backend),) for backend in ("masked", "bmm", "slice")}}
+    wanted |= {f"auto, C={C}": (layer(C),) for C in CHUNKS if C <= seq_len}
+    wanted |= {f"routed 1/4 by itself, auto, C={C}": (alone(C), True, True) for C in CHUNKS if C <= seq_len}
     wanted |= {"the same, all chunks of 512": (alone(512), False, True)}
     variants, timings = {name: build(*how) for name, how in wanted.items()}, {name: ([], []) for name in wanted}
     for number in range(rounds + 2):  # two to compile and warm up

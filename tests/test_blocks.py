@@ -1,4 +1,4 @@
-"""nanochat_cl.blocks: the layer against a loop over single tokens, its two backends against each other, gradients included."""
+"""nanochat_cl.blocks: the layer against a loop over single tokens, its backends against each other, gradients included."""
 from types import SimpleNamespace
 
 import pytest
@@ -7,11 +7,12 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from nanochat_cl import arms, blocks
+from nanochat_cl.accounting import boundaries
 from nanochat_cl.routing import Decision
 
 
 def layer(n=32, seed=0, **changed):
-    config = SimpleNamespace(n_embd=n, cl=arms.cl(n, 0, "cl", **changed))
+    config = SimpleNamespace(n_embd=n, cl=arms.cl(n, 4, 0, "cl", **changed))
     mlp = blocks.BlockSparseMLP(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -37,7 +38,7 @@ def run(mlp, x, made, backend, dtype=torch.float32):
     return out, x.grad, mlp.c_fc.weight.grad.clone(), mlp.c_proj.weight.grad.clone(), mlp.decision.gate.grad
 
 
-@pytest.mark.parametrize("backend", ["masked", "bmm"])
+@pytest.mark.parametrize("backend", ["masked", "bmm", "auto"])
 def test_every_token_passes_through_the_shared_blocks_and_those_of_its_chunk(backend):
     mlp, x = layer(), torch.randn(2, 23, 32, generator=torch.Generator().manual_seed(5))
     made = decision(2, [3, 4, 4, 12], mlp.routed, 4)
@@ -55,34 +56,68 @@ def test_every_token_passes_through_the_shared_blocks_and_those_of_its_chunk(bac
             torch.testing.assert_close(found[row, t].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@given(st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 14), st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
-def test_gathered_blocks_agree_with_the_masked_reference_forward_and_backward(rows, lengths, k, seed):
-    mlp = layer(seed=seed)
-    made = decision(rows, lengths, mlp.routed, k, seed)
-    x = torch.randn(rows, sum(lengths), 32, generator=torch.Generator().manual_seed(seed))
-    reference = run(mlp, x, made, "masked")
-    for found, expected in zip(run(mlp, x, made, "bmm"), reference):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    scale = [t.abs().max() for t in reference]
-    for found, expected, size in zip(run(mlp, x, made, "bmm", torch.bfloat16), reference, scale):
-        # bfloat16 has 8 bits; a gate's gradient is a sum that may cancel to nearly nothing, so it has a tolerance of its own
-        assert (found.float() - expected).abs().max() <= max(0.05 * size, 0.1 * (found.ndim == 3 and found.shape[-1] == k))
+def assert_agrees(found, reference, k, dtype=torch.float32):
+    """Output and gradients, to rounding: bfloat16 has 8 bits; a gate's gradient is a sum that may cancel, so it has a tolerance of its own."""
+    for name, now, expected in zip(("out", "x", "c_fc", "c_proj", "gate"), found, reference):
+        error = (now.float() - expected).abs().max()
+        allowed = 2e-5 * max(1.0, expected.abs().max()) if dtype is torch.float32 else max(0.05 * expected.abs().max(), 0.1 * (name == "gate"))
+        assert error <= allowed, f"{name} differs by {error}, allowed {allowed}"
+
+
+def compared(mlp, x, made, backends):
+    """Every backend against `masked` in float32, in both dtypes; blocks that nobody chose have no gradient, the others have one."""
+    reference, k = run(mlp, x, made, "masked"), made.choice.shape[-1]
     unused = torch.ones(mlp.routed, dtype=torch.bool)
     unused[made.choice.unique()] = False
-    for backend in ("masked", "bmm"):
-        _, _, fc, proj, _ = run(mlp, x, made, backend)
-        assert not fc[mlp.shared:][unused].any() and not proj[mlp.shared:][unused].any()
-        assert fc[mlp.shared:][~unused].flatten(1).any(1).all(), "a block that was chosen has a gradient"
+    for backend in ("masked", *backends):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = run(mlp, x, made, backend, dtype)
+            assert found[0].dtype == dtype and found[0].shape == x.shape
+            assert_agrees(found, reference, k, dtype)
+            for weight, expected in zip(found[2:4], reference[2:4]):
+                assert not weight[mlp.shared:][unused].any(), f"{backend}: a block that nobody chose has a gradient"
+                lively = expected[mlp.shared:].flatten(1).any(1)  # relu can be 0 on the one token of a block
+                assert weight[mlp.shared:][lively].flatten(1).any(1).all(), f"{backend}: a block that was chosen has none"
 
 
-def test_all_chunks_on_the_same_blocks_and_chunks_of_one_token_work():
+@given(st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 14), st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_every_backend_agrees_with_the_masked_reference_forward_and_backward(rows, lengths, k, seed):
+    """One row and one chunk, and k = all of the 14 routed blocks, are among these shapes."""
+    mlp = layer(seed=seed)
+    made = decision(rows, lengths, mlp.routed, k, seed)
+    compared(mlp, torch.randn(rows, sum(lengths), 32, generator=torch.Generator().manual_seed(seed)), made, ("bmm", "auto"))
+
+
+@given(st.integers(1, 2), st.integers(1, 150), st.sampled_from([1, 4, 16, 63, 64, 65, 96]), st.integers(0, 10_000))
+@settings(max_examples=12, deadline=None)
+def test_chunks_as_routing_cuts_them_agree_whatever_the_length(rows, T, chunk, seed):
+    """Real boundaries: T below the first one, T no multiple of the chunk, token-level ones, short and long chunks around `blocks.SHORT`."""
+    mlp, starts = layer(seed=seed), boundaries(T, chunk)
+    made = decision(rows, [b - a for a, b in zip(starts, [*starts[1:], T])], mlp.routed, 4, seed)
+    compared(mlp, torch.randn(rows, T, 32, generator=torch.Generator().manual_seed(seed)), made, ("bmm", "auto"))
+
+
+@given(st.lists(st.sampled_from([1, 3, blocks.SHORT - 1, blocks.SHORT, blocks.SHORT + 1]), min_size=1, max_size=6), st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None)
+def test_short_and_long_chunks_may_alternate(lengths, seed):
+    mlp = layer(seed=seed)
+    compared(mlp, torch.randn(2, sum(lengths), 32, generator=torch.Generator().manual_seed(seed)), decision(2, lengths, mlp.routed, 3, seed), ("bmm", "auto"))
+
+
+@given(st.integers(1, 3), st.lists(st.integers(1, 70), min_size=1, max_size=4), st.integers(1, 14), st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_where_all_chunks_made_one_choice_a_slice_computes_what_masked_does(rows, lengths, k, seed):
+    mlp = layer(seed=seed)
+    same = torch.randperm(14, generator=torch.Generator().manual_seed(seed))[:k].expand(rows, len(lengths), k).contiguous()
+    made = decision(rows, lengths, mlp.routed, k, seed, choice=same)  # gates of each chunk's own
+    compared(mlp, torch.randn(rows, sum(lengths), 32, generator=torch.Generator().manual_seed(seed)), made, ("slice", "bmm", "auto"))
+
+
+def test_all_chunks_on_the_same_block_and_one_that_nobody_chose():
     mlp = layer()
-    same = torch.tensor([2, 9, 5, 13]).expand(3, 4, 4).contiguous()
-    made = decision(3, [1, 1, 1, 20], mlp.routed, 4, choice=same)
-    x = torch.randn(3, 23, 32, generator=torch.Generator().manual_seed(1))
-    for found, expected in zip(run(mlp, x, made, "bmm"), run(mlp, x, made, "masked")):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    made = decision(3, [1, 1, 1, 20, 70], mlp.routed, 1, choice=torch.full((3, 5, 1), 7))
+    compared(mlp, torch.randn(3, 93, 32, generator=torch.Generator().manual_seed(1)), made, ("slice", "bmm", "auto"))
 
 
 def test_the_gradient_of_the_gather_is_the_numerical_one():
@@ -100,12 +135,12 @@ def test_a_layer_without_a_decision_says_what_is_missing():
         layer()(torch.randn(1, 4, 32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_layer_and_its_gradient_are_one_graph_each(dtype):
-    """Traced, not generated: tests/test_model_cl.py compiles a whole model."""
-    mlp, x = layer(), torch.randn(2, 19, 32, generator=torch.Generator().manual_seed(2))
-    made = decision(2, [2, 2, 15], mlp.routed, 4)
-    eager = run(mlp, x, made, "bmm", dtype)
+@pytest.mark.parametrize("backend, dtype", [("auto", torch.float32), ("auto", torch.bfloat16), ("slice", torch.float32)])
+def test_the_layer_and_its_gradient_are_one_graph_each(backend, dtype):
+    """Traced, not generated: tests/test_model_cl.py compiles a whole model. Here `auto` is masked for three chunks and bmm for one."""
+    mlp, x = layer(), torch.randn(2, 89, 32, generator=torch.Generator().manual_seed(2))
+    made = decision(2, [2, 2, 15, 70], mlp.routed, 4, choice=torch.tensor([3, 1, 7, 12]).expand(2, 4, 4).contiguous() if backend == "slice" else None)
+    eager = run(mlp, x, made, backend, dtype)
 
     @torch.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     def forward(x, choice, gate):

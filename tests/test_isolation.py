@@ -1,8 +1,14 @@
-"""patches/optim_blocks, optim_rows, gpt_optimizer: sizes of steps, and that what got no gradient does not move by one bit."""
+"""patches/optim_blocks, optim_rows, gpt_optimizer, nanochat_cl.isolation: sizes of steps, and that what got no gradient does not move by one bit."""
+import os
+import shutil
+
 import pytest
 import torch
 
-from nanochat_cl import patching, routing
+import toy_phase_a
+from nanochat_cl import evolve, files, isolation, patching, plasticity, routing
+from nanochat_cl.command import UserError
+from patches import optim_blocks, optim_rows
 from tests.tiny_cl import build, tokens, train
 
 
@@ -125,7 +131,7 @@ def test_an_idle_block_does_not_move_by_a_single_bit_in_fifty_steps_with_decay(a
     before = {b: state_of(model, optimizer, 1, b) for b in range(14)}
     assert all(t.any() for t in before[6].values()), "a block without momentum proves nothing"
     train(model, optimizer, 50, seed=1)
-    used = routing.usage(model)[1]
+    used = routing.usage(model)[0][1]
     assert used[6] == 0 and (used > 0).sum() >= 4, used
     after = {b: state_of(model, optimizer, 1, b) for b in range(14)}
     same = {b: [key for key in after[b] if torch.equal(after[b][key], before[b][key])] for b in range(14)}
@@ -215,3 +221,168 @@ def test_two_ranks_step_and_mask_by_the_reduced_gradient(tmp_path):
     for layer, kept in enumerate(still):
         assert torch.equal(model.transformer.h[layer].mlp.c_fc.weight[3], kept)
         assert not torch.equal(model.transformer.h[layer].mlp.c_fc.weight[4], kept)
+
+
+def idle_pieces(model):
+    """Blocks and heads, counted per matrix, and rows (of a value embedding per head) whose gradient is zero: by the names of the parameters."""
+    found = {"blocks": 0, "rows": 0}
+    for name, p in model.named_parameters():
+        if p.ndim == 3:
+            found["blocks"] += sum(not piece.any() for piece in p.grad)
+        elif name.endswith("router") or name.startswith("transformer.wte"):
+            found["rows"] += sum(not row.any() for row in p.grad)
+        elif name.startswith("value_embeds"):
+            found["rows"] += sum(not part.any() for row in p.grad for part in row.chunk(model.config.n_kv_head))
+    return found
+
+
+def test_an_audited_step_counts_the_idle_pieces_of_blocks_heads_and_rows_and_steps_as_any_other():
+    models = [build() for _ in range(2)]
+    optimizers = [m.setup_optimizer(weight_decay=0.1) for m in models]
+    learns = [torch.rand(2, 14, generator=torch.Generator().manual_seed(1)) < 0.5, torch.tensor([[True, False, False], [False, True, False]])]
+    for step in range(3):
+        idx = tokens(3, 41, seed=step)
+        for model in models:
+            model(idx[:, :-1], idx[:, 1:]).backward()
+            plasticity.hold(model, learns)
+        expected = idle_pieces(models[0])
+        assert expected["blocks"] >= 2 * (~learns[0]).sum() + 4 * (~learns[1]).sum()
+        assert isolation.audited_step(optimizers[0]) == expected
+        optimizers[1].step()
+        for model in models:
+            model.zero_grad(set_to_none=True)
+        assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models)))
+
+
+@pytest.mark.parametrize("part", ["c_q", "c_v", "ve", "router", "moment"])
+def test_an_audit_sees_a_single_bit_of_what_should_have_stood_still(part, monkeypatch):
+    model = build()
+    optimizer = model.setup_optimizer(weight_decay=0.1)
+    train(model, optimizer, 2)
+    idx = tokens(3, 41)
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    plasticity.hold(model, [torch.zeros(2, 14, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)])
+    attention, step = model.transformer.h[1].attn, type(optimizer).step
+    piece = {"c_q": attention.c_q.weight[2], "c_v": attention.c_v.weight[1], "ve": model.value_embeds["1"].weight[5, 24:], "router": attention.c_proj.router[0],
+             "moment": optimizer.state[model.transformer.h[0].mlp.c_fc.weight]["second_momentum_buffer"][1, 9]}[part]
+
+    def careless(self):
+        step(self)
+        piece.view(-1)[0] = torch.nextafter(piece.view(-1)[0], torch.tensor(9.0))
+    monkeypatch.setattr(type(optimizer), "step", careless)
+    with pytest.raises(RuntimeError, match="isolation is broken: " + ("rows" if part in ("ve", "router") else "blocks")):
+        isolation.audited_step(optimizer)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    place, before = tmp_path_factory.mktemp("base"), os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(place)
+    yield toy_phase_a.make(place)
+    os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
+
+
+def phase_b(name, *more):
+    evolve.evolve(evolve.parse([*toy_phase_a.ARGS, "--arms", "dense,cl", "--name", name, "--audit", "--plasticity", "budget:0.3", "--weight-decay", "0.1",
+                                "--max-tokens", "1024", "--probe-items", "1", "--eval-docs", "1", *more]))
+
+
+def test_in_a_real_phase_b_every_idle_block_and_row_keeps_every_bit(base, monkeypatch):
+    """Counted and compared a second time here, by the names of the parameters."""
+    audited, counts = isolation.audited_step, []
+
+    def checked(optimizer):
+        mine = [p for group in optimizer.param_groups for p in group["params"] if p.ndim == 3]
+        idle = [~p.grad.flatten(1).any(1) for p in mine]
+        rows = [(p, ~p.grad.any(1)) for group in optimizer.param_groups if group.get("rows") == 1 for p in group["params"]]
+        kept = [(p, mask, p[mask].clone()) for p, mask in [*zip(mine, idle), *rows]]
+        found = audited(optimizer)
+        assert all(torch.equal(p[mask], old) for p, mask, old in kept)
+        if mine:  # of the dense arm nothing is isolated
+            assert found["blocks"] == sum(int(mask.sum()) for mask in idle) and found["rows"] >= sum(int(mask.sum()) for _, mask in rows)
+        counts.append(found["blocks"])
+        return found
+    monkeypatch.setattr(isolation, "audited_step", checked)
+    phase_b("audited")
+    records = files.read_jsonl(base / "evolve/audited/records.jsonl")
+    last = records[-1]
+    assert last["arm"] == "cl" and last["step"] == 4 and len(counts) == 8
+    # at least 14 - ceil(0.3 * 14) routed blocks, two matrices, two layers, four steps
+    assert last["blocks"]["audited"]["blocks"] == sum(counts) >= 9 * 2 * 2 * 4 and last["blocks"]["audited"]["rows"] > 0
+    assert last["blocks"]["idle_share"] == pytest.approx(sum(counts) / (4 * 2 * 2 * 14), abs=0.02)
+
+
+@pytest.mark.parametrize("what", ["blocks", "rows"])
+def test_a_step_that_ignores_the_mask_stops_the_run(base, monkeypatch, what):
+    step = optim_blocks.block_step
+    if what == "blocks":
+        monkeypatch.setattr(optim_blocks, "block_step", lambda kernel, group: step(kernel, {**group, "isolate": False}))
+    else:
+        monkeypatch.setattr(optim_rows, "row_step", lambda kernel, pieces: kernel)
+    with pytest.raises(RuntimeError, match=f"isolation is broken: {what}"):
+        phase_b(f"broken_{what}", "--arms", "cl")
+
+
+def test_an_audit_on_several_ranks_is_refused(base, monkeypatch):
+    from nanochat_cl import learner, recipes, runs
+    monkeypatch.setattr(runs, "ranks", lambda: (0, 2))
+    with pytest.raises(UserError, match="--audit.*expected one rank, got 2"):
+        learner.Learner(learner.find("cl", "d2_cl_s42", ""), recipes.Recipe(optimizer="reset"), 256, torch.device("cpu"), 42, audit=True)
+
+
+def audit(capsys, *argv):
+    """{parameter: (pieces that are the same, pieces, what is printed of each)} of the command."""
+    capsys.readouterr()
+    isolation.main(["audit", *map(str, argv)])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "parameter" and "bit-identical" in head
+    found = {}
+    for line in lines:
+        name, same, _, count, *change = line.split()
+        found[name] = int(same), int(count), change
+    return found
+
+
+def test_the_audit_of_two_checkpoints_prints_the_block_that_differs_and_by_how_much(base, capsys):
+    a, b = base / "base_checkpoints/d2_cl_s42", base / "base_checkpoints/planted"
+    shutil.copytree(a, b)
+    weights = torch.load(b / "model_000003.pt", weights_only=True)
+    weights["transformer.h.1.mlp.c_fc.weight"][5] *= 1.25
+    weights["transformer.h.0.attn.c_q.weight"][1, 3, 2] += 1e-3
+    weights["transformer.wte.weight"][[7, 9]] *= -1
+    weights["transformer.h.0.mlp.c_proj.weight"][3] *= -0.0  # equal to nothing, bit for bit, if it was not zero
+    torch.save(weights, b / "model_000003.pt")
+    found = audit(capsys, a, b)
+    differing = {name for name, (same, count, _) in found.items() if same < count}
+    assert differing == {"transformer.h.1.mlp.c_fc.weight", "transformer.h.0.attn.c_q.weight", "transformer.wte.weight", "transformer.h.0.mlp.c_proj.weight"}
+    same, count, change = found["transformer.h.1.mlp.c_fc.weight"]
+    assert (same, count) == (15, 16) and change == ["="] * 5 + ["0.25"] + ["="] * 10
+    assert found["transformer.h.0.attn.c_q.weight"][:2] == (1, 2) and found["transformer.h.0.attn.c_q.weight"][2][0] == "="
+    assert found["transformer.h.0.mlp.c_proj.weight"][2][3] == "1", "set to zero: changed by all it had"
+    rows = len(weights["transformer.wte.weight"])
+    assert found["transformer.wte.weight"][:2] == (rows - 2, rows)
+    assert all(same == count and set(change) <= {"=", "0", "nan"} for name, (same, count, change) in found.items() if name not in differing)
+
+
+def test_the_audit_compares_phase_a_with_what_phase_b_made_of_it(base, capsys):
+    phase_b("after", "--plasticity", "frozen-shared+budget:0.3")
+    for arm in ("cl", "dense"):
+        found = audit(capsys, base / f"base_checkpoints/d2_{arm}_s42", base / "evolve/after/checkpoints/000004", "--arm", arm)
+        start = torch.load(base / f"base_checkpoints/d2_{arm}_s42/model_000003.pt", weights_only=True)
+        assert set(found) == set(start)
+        for name, (same, count, change) in found.items():
+            if ".mlp.c_" not in name and "usage" not in name:
+                assert same == count or arm == "cl" and ".attn." in name and start[name].ndim == 3 and change[0] == "=", name
+    assert found["transformer.h.1.mlp.c_fc.weight"][0] < found["transformer.h.1.mlp.c_fc.weight"][1], "the MLP of dense learned"
+
+
+def test_what_cannot_be_audited_is_one_line(base, tmp_path):
+    a = base / "base_checkpoints/d2_cl_s42"
+    state = tmp_path / "000004"
+    state.mkdir()
+    torch.save({"arms": {"dense": {"model": {}}}}, state / "state_rank0.pt")
+    for other, said in ((tmp_path, "expected a checkpoint folder"), (base / "base_checkpoints/d2_dense_s42", "different models: .* is not in both"),
+                        (state, "holds the arms dense; name one of them by --arm")):
+        with pytest.raises(UserError, match=said) as error:
+            isolation.main(["audit", str(a), str(other)])
+        assert "\n" not in str(error.value)

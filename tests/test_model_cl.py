@@ -20,18 +20,25 @@ def test_a_config_without_cl_is_the_original_and_one_with_it_travels_through_met
     from nanochat import gpt
     plain = gpt.GPTConfig(**SIZES)
     assert type(plain).__qualname__ == "GPTConfig" and dataclasses.asdict(plain) == SIZES
-    cl = arms.cl(32, BOS, "cl", chunk=32)
+    cl = arms.cl(32, 4, BOS, "cl", chunk=32)
     config = gpt.GPTConfig(**SIZES, cl=cl)
     restored = gpt.GPTConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
     assert restored == config and restored.cl == cl and isinstance(config, type(plain))
 
 
-def test_the_arm_of_the_settings_holds_for_configs_that_name_none_at_any_width():
+@pytest.mark.parametrize("arm", ["cl-full", "cl-flops", "cl-mlp"])
+def test_the_arm_of_the_settings_holds_for_configs_that_name_none_and_is_cut_anew_at_another_width(arm):
     from nanochat import gpt
-    with settings.using(arm=arms.cl(32, BOS, "cl-full")):
-        assert gpt.GPTConfig(**SIZES).cl == arms.cl(32, BOS, "cl-full")
-        assert gpt.GPTConfig(n_embd=768).cl == arms.cl(768, BOS, "cl-full")   # base_train's reference model
-        assert gpt.GPTConfig(**SIZES, cl=arms.cl(32, BOS, "cl")).cl == arms.cl(32, BOS, "cl")
+    mine = arms.cl(32, 4, BOS, arm)
+    with settings.using(arm=mine):
+        assert gpt.GPTConfig(**SIZES).cl == mine
+        reference = gpt.GPTConfig(n_embd=768)  # base_train builds a d12 model for its numbers: Model-CL, by the default cut
+        assert reference.cl == {**mine, **arms.cl(768, 6, BOS, "cl"), **{key: mine[key] for key in ("chunk", "reach", "isolate", "backend")}}
+        with torch.device("meta"):
+            counts = gpt.GPT(reference).num_scaling_params()
+        assert gpt.GPTConfig(**SIZES, cl=arms.cl(32, 4, BOS, "cl")).cl == arms.cl(32, 4, BOS, "cl")
+    with torch.device("meta"):
+        assert counts == gpt.GPT(gpt.GPTConfig(n_embd=768)).num_scaling_params()
     assert not hasattr(gpt.GPTConfig(**SIZES), "cl")
 
 
@@ -42,12 +49,14 @@ def test_both_arms_of_a_seed_start_from_the_same_weights_and_leave_the_same_rand
     theirs = dict(dense.named_parameters())
     for name, p in ours.named_parameters():
         if name in theirs:
-            expected = theirs[name].T if name.endswith("mlp.c_proj.weight") else theirs[name]
+            expected = theirs[name].T if name.endswith("c_proj.weight") else theirs[name]
             assert torch.equal(p.detach().reshape(expected.shape), expected.detach()), name
-    routers = torch.stack([block.mlp.router.detach() for block in ours.transformer.h])
-    assert 0.018 < routers.std() < 0.022 and not torch.equal(routers[0], routers[1])
-    assert not torch.equal(routers, torch.stack([block.mlp.router.detach() for block in build(lively=False, seed=8).transformer.h]))
-    assert not any(t.any() for block in ours.transformer.h for t in (block.mlp.balance, block.mlp.usage)) and not ours.token_count.any()
+    for mine, others in zip(routing.parts(ours), routing.parts(build(lively=False, seed=8)), strict=True):
+        routers = torch.stack([part.router.detach() for part in mine])
+        assert 0.018 < routers.std() < 0.022 and not torch.equal(routers[0], routers[1])
+        assert not torch.equal(routers, torch.stack([part.router.detach() for part in others]))
+        assert not any(t.any() for part in mine for t in (part.balance, part.usage))
+    assert not ours.token_count.any()
 
 
 def test_every_parameter_is_in_one_group_and_the_first_six_are_nanochats():
@@ -59,9 +68,13 @@ def test_every_parameter_is_in_one_group_and_the_first_six_are_nanochats():
     for group, expected in zip(mine.param_groups[:6], theirs.param_groups[:6]):
         assert names(ours, group) == names(dense, expected)
         assert {k: v for k, v in group.items() if k not in ("params", "rows")} == {k: v for k, v in expected.items() if k != "params"}
-    attention = [names(ours, g) for g in mine.param_groups if g["kind"] == "muon" and "isolate" not in g]
-    assert attention == [names(dense, g) for g in theirs.param_groups if g["kind"] == "muon" and ".mlp." not in names(dense, g)[0]]
+    assert [g.get("rows") for g in mine.param_groups[:3]] == [None, 1, 4], "a value embedding's row is shared by four heads"
+    muon = lambda model, optimizer: sorted(name for g in optimizer.param_groups if g["kind"] == "muon" for name in names(model, g))
+    assert muon(ours, mine) == muon(dense, theirs) and all("isolate" in g for g in mine.param_groups if g["kind"] == "muon")
     assert all(g["lr"] == g["initial_lr"] for g in mine.param_groups)
+    mlp = build("cl-mlp")
+    attention = [names(mlp, g) for g in mlp.setup_optimizer().param_groups if g["kind"] == "muon" and "isolate" not in g]
+    assert attention == [names(dense, g) for g in theirs.param_groups if g["kind"] == "muon" and ".mlp." not in names(dense, g)[0]]
 
 
 def test_dense_and_sparse_models_step_compiled_in_one_process_and_learn():
@@ -72,11 +85,12 @@ def test_dense_and_sparse_models_step_compiled_in_one_process_and_learn():
         optimizer = model.setup_optimizer(weight_decay=0.1)
         with torch.compiler.set_stance("force_eager"):
             eager = build(arm, lively=False, sizes=dict(n_layer=1))
-            expected = train(eager, eager.setup_optimizer(weight_decay=0.1), 30)
+            expected = train(eager, eager.setup_optimizer(weight_decay=0.1), 8)
         losses = train(torch.compile(model, dynamic=False, fullgraph=True) if arm == "cl" else model, optimizer, 30)
         assert losses[0] == pytest.approx(4.16, abs=0.05) and losses[-1] < losses[0] - 1, losses
-        assert losses[:8] == pytest.approx(expected[:8], abs=1e-3)
-    assert (routing.usage(model).sum(1) == 30 * 4 * 32 * 4).all() and model.token_count.sum() > 1000
+        assert losses[:2] == pytest.approx(expected[:2], abs=1e-4) and losses[:8] == pytest.approx(expected, abs=5e-3)  # rounding grows
+    blocks, heads = routing.usage(model)
+    assert (blocks.sum(1) == 30 * 4 * 32 * 4).all() and (heads.sum(1) == 30 * 4 * 32 * 2).all() and model.token_count.sum() > 1000
 
 
 def test_a_checkpoint_of_base_train_is_built_again_by_nanochats_own_loader(tmp_path, monkeypatch):
@@ -94,7 +108,7 @@ def test_a_checkpoint_of_base_train_is_built_again_by_nanochats_own_loader(tmp_p
         loaded, _, _ = checkpoint_manager.build_model(str(tmp_path), 3, torch.device("cpu"), "eval")
         idx = tokens(2, 50)
         assert torch.equal(loaded(idx), model.eval()(idx))
-        assert torch.equal(routing.usage(loaded), routing.usage(model)) and routing.usage(loaded).any()
+        assert all(torch.equal(a, b) and a.any() for a, b in zip(routing.usage(loaded), routing.usage(model), strict=True))
         # the optimizer's state goes on as well
         data, optimizer_data, _ = checkpoint_manager.load_checkpoint(str(tmp_path), 3, torch.device("cpu"), load_optimizer=True)
         loaded.train()

@@ -122,7 +122,7 @@ def test_undo_leaves_no_trace_after_both_arms_trained_in_one_process(eager):
     with patching.applied():
         assert dataloader.list_parquet_files is not before["nanochat.dataloader:list_parquet_files"]
         assert checkpoint_manager.GPTConfig is gpt.GPTConfig is not before["nanochat.gpt:GPTConfig"]
-        with settings.using(seed=7, arm=arms.cl(64, 0, "cl")):
+        with settings.using(seed=7, arm=arms.cl(64, 4, 0, "cl")):
             ours = patching.train_dense()  # the same program, whose model is now Model-CL
         assert "cl" in ours["config"] and ours["loss 0"] != plain["loss 0"]
         assert patching.differing(plain, patching.train_dense(), patching.same_bits) == []

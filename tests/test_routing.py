@@ -19,20 +19,31 @@ def patched():
 
 def cache(rows, seq_len=64, layers=SIZES["n_layer"]):
     from nanochat import engine
-    return engine.KVCache(batch_size=rows, num_heads=SIZES["n_kv_head"], seq_len=seq_len, head_dim=16, num_layers=layers,
+    return engine.KVCache(batch_size=rows, num_heads=SIZES["n_kv_head"], seq_len=seq_len, head_dim=SIZES["n_embd"] // SIZES["n_head"], num_layers=layers,
                           device=torch.device("cpu"), dtype=torch.float32)
 
 
-def per_token(model, idx, kv_cache=None):
-    """(L, B, T, k) blocks and gates of every token; a cache is advanced as attention would."""
+def by_kind(model, idx, kv_cache=None):
+    """For blocks, then heads: (L, B, T, k) choice and gate of every token; a cache is advanced as attention would."""
     routing.decide(model, idx, kv_cache)
-    found = [block.mlp.decision for block in model.transformer.h]
     if kv_cache is not None:
         kv_cache.advance(idx.shape[1])
-    lengths = torch.tensor(found[0].lengths)
-    assert lengths.sum() == idx.shape[1]
-    return tuple(torch.stack([part.repeat_interleave(lengths, dim=1) for part in parts])
-                 for parts in (tuple(d.choice for d in found), tuple(d.gate.detach() for d in found)))
+    kinds = []
+    for kind in routing.parts(model):
+        found = [part.decision for part in kind]
+        lengths = torch.tensor(found[0].lengths)
+        assert lengths.sum() == idx.shape[1]
+        kinds.append(tuple(torch.stack([part.repeat_interleave(lengths, dim=1) for part in parts])
+                           for parts in (tuple(d.choice for d in found), tuple(d.gate.detach() for d in found))))
+    return kinds
+
+
+def per_token(model, idx, kv_cache=None):
+    """The same of the blocks alone."""
+    return by_kind(model, idx, kv_cache)[0]
+
+
+REACHES = [("bos", 32), ("row", 32), ("ema", 32), ("token", 1)]
 
 
 @pytest.mark.parametrize("end, chunk, starts", [
@@ -43,19 +54,19 @@ def test_boundaries_double_and_are_then_regular(end, chunk, starts):
     assert boundaries(end, chunk) == starts
 
 
-@pytest.mark.parametrize("reach", ["bos", "row", "ema"])
-def test_a_chunk_is_routed_by_the_tokens_before_it_that_are_in_reach(reach):
-    model, idx = build(reach=reach, chunk=32), tokens(3, 64, seed=3)
+@pytest.mark.parametrize("reach, chunk", REACHES)
+def test_a_chunk_is_routed_by_the_tokens_that_are_in_reach(reach, chunk):
+    model, idx = build(reach=reach, chunk=chunk), tokens(3, 64, seed=3)
     idx[1, 5], idx[1, 31], idx[2, 40] = BOS, BOS, BOS
     model.token_count.copy_(torch.bincount(idx.flatten(), minlength=64))
     model.eval()
-    choice, gate = per_token(model, idx)
+    kinds = by_kind(model, idx)
     wte = model.transformer.wte.weight.detach().double()
     common = sum(wte[t] / wte[t].square().mean().sqrt() for t in idx.flatten().tolist()) / idx.numel()  # of all that was seen in training
     for row in range(3):
-        for start in (0, 16, 32):
+        for start in (0, 16, 32, 40) if reach == "token" else (0, 16, 32):
             total, reached, count = torch.zeros(32, dtype=torch.float64), 0, 0.0
-            for t in range(start - 1, -1, -1):
+            for t in [start] if reach == "token" else range(start - 1, -1, -1):
                 token = idx[row, t].item()
                 if token == BOS and reach == "bos":
                     break
@@ -66,16 +77,18 @@ def test_a_chunk_is_routed_by_the_tokens_before_it_that_are_in_reach(reach):
             feature = total / count if reached else wte[BOS] / wte[BOS].square().mean().sqrt()
             feature = feature - common
             feature = feature / feature.square().mean().sqrt()
+            at = start if reach == "token" else min(start + 7, 63)
             for layer, block in enumerate(model.transformer.h):
-                score = block.mlp.router.detach().double()[:14] @ feature
-                at = min(start + 7, 63)
-                assert score[choice[layer, row, at]].min() > score.topk(4).values[-1] - 0.02, (reach, row, start)  # embeddings are rounded
-                torch.testing.assert_close(gate[layer, row, at].double(), 2 * torch.sigmoid(score[choice[layer, row, at]]), atol=0.03, rtol=0)
+                for part, routed, active, (choice, gate) in zip((block.mlp, block.attn.c_proj), (14, 3), (4, 2), kinds):
+                    score, chosen = part.router.detach().double()[:routed] @ feature, choice[layer, row, at]
+                    assert len(chosen) == active and score[chosen].min() > score.topk(active).values[-1] - 0.02, (reach, row, start)  # embeddings are rounded
+                    torch.testing.assert_close(gate[layer, row, at].double(), 2 * torch.sigmoid(score[chosen]), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_changing_a_token_changes_no_earlier_logit(training):
-    model, idx = build(chunk=32).train(training), tokens(2, 64, bos_every=23)
+@pytest.mark.parametrize("reach, chunk", REACHES)
+def test_changing_a_token_changes_no_earlier_logit(reach, chunk, training):
+    model, idx = build(reach=reach, chunk=chunk).train(training), tokens(2, 64, bos_every=23)
     model.token_count.copy_(torch.arange(64))
     counted = model.token_count.clone()
     before = model(idx).detach()
@@ -88,33 +101,52 @@ def test_changing_a_token_changes_no_earlier_logit(training):
         assert not torch.equal(after[:, t], before[:, t])
 
 
-@given(st.sampled_from(["bos", "row", "ema"]), st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(0, 1000))
+@given(st.sampled_from(REACHES), st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
-def test_any_way_of_cutting_a_text_into_cached_calls_chooses_the_same_blocks(reach, calls, seed):
-    model, idx = build(reach=reach, chunk=32, seed=seed).eval(), tokens(2, sum(calls), seed=seed, bos_every=1 + seed % 37)
-    choice, gate = per_token(model, idx)
+def test_any_way_of_cutting_a_text_into_cached_calls_chooses_the_same_blocks_and_heads(how, calls, seed):
+    model, idx = build(reach=how[0], chunk=how[1], seed=seed), tokens(2, sum(calls), seed=seed, bos_every=1 + seed % 37)
+    expected = by_kind(model.eval(), idx)
+    assert [choice.shape[-1] for choice, _ in expected] == [4, 2]
     kv_cache = cache(2, seq_len=200)
-    pieces = [per_token(model, part, kv_cache) for part in idx.split(calls, dim=1)]
-    assert torch.equal(torch.cat([p[0] for p in pieces], dim=2), choice)
-    torch.testing.assert_close(torch.cat([p[1] for p in pieces], dim=2), gate, atol=1e-6, rtol=0)
+    pieces = [by_kind(model, part, kv_cache) for part in idx.split(calls, dim=1)]
+    for kind, (choice, gate) in enumerate(expected):
+        assert torch.equal(torch.cat([p[kind][0] for p in pieces], dim=2), choice)
+        torch.testing.assert_close(torch.cat([p[kind][1] for p in pieces], dim=2), gate, atol=1e-6, rtol=0)
+    trained = by_kind(model.train(), idx)  # counts the batch afterwards only
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(trained, expected)), "training chooses other blocks than evaluation"
 
 
-def test_prefill_and_decoding_give_the_logits_of_one_forward_and_a_reset_cache_begins_anew():
-    model, idx = build(chunk=16, sizes=dict(n_layer=3)).eval(), tokens(1, 60, bos_every=25)
+@pytest.mark.parametrize("reach, chunk", [("bos", 16), ("row", 16), ("ema", 16), ("token", 1)])
+def test_prefill_and_decoding_give_the_logits_of_one_forward_and_a_reset_cache_begins_anew(reach, chunk):
+    model, idx = build(reach=reach, chunk=chunk, sizes=dict(n_layer=3)).eval(), tokens(1, 60, bos_every=25)
     with torch.inference_mode():
         full = model(idx)
         first, many = cache(1, seq_len=30, layers=3), cache(3, layers=3)
         for attempt in range(2):
-            torch.testing.assert_close(model(idx[:, :30], kv_cache=first), full[:, :30], atol=1e-4, rtol=0)
+            pieces = [model(part, kv_cache=first) for part in idx[:, :30].split([30] if attempt else [17, 1, 12], dim=1)]  # at once, or in chunks
+            torch.testing.assert_close(torch.cat(pieces, dim=1), full[:, :30], atol=1e-4, rtol=0)
             many.prefill(first)
+            assert [tuple(choice.shape) for choice, _ in many.routing.chosen] == [(3, 3, 4), (3, 3, 2)], "of every layer and row"
             for t in range(30, 60):
                 column = model(idx[:, t:t + 1].expand(3, 1), kv_cache=many)
                 torch.testing.assert_close(column, full[:, t:t + 1].expand(3, -1, -1), atol=1e-4, rtol=0)
             first.reset()
             many.reset()
             assert first.routing is None and many.routing is None
-    # rows of one cache may part: another token in one row leaves the other as it was
-    assert many.routing is None
+
+
+def test_rows_that_were_prefilled_from_one_may_part():
+    """Each of three rows goes on with a text of its own: it is routed, and scored, as if it had been alone."""
+    model, prompt, own = build(chunk=16, sizes=dict(n_layer=3)).eval(), tokens(1, 20), tokens(3, 30, seed=4)
+    own[1, 5] = BOS
+    with torch.inference_mode():
+        first, many = cache(1, seq_len=20, layers=3), cache(3, layers=3)
+        model(prompt, kv_cache=first)
+        many.prefill(first)
+        found = torch.cat([model(own[:, t:t + 1], kv_cache=many) for t in range(30)], dim=1)
+        for row in range(3):
+            alone = model(torch.cat([prompt, own[row:row + 1]], dim=1))[:, 20:]
+            torch.testing.assert_close(found[row:row + 1], alone, atol=1e-4, rtol=0)
 
 
 def test_nanochats_engine_decodes_what_plain_generation_does():
@@ -135,25 +167,27 @@ def test_nanochats_engine_decodes_what_plain_generation_does():
 def test_use_is_counted_in_training_only():
     model, idx = build(chunk=32), tokens(3, 50)
     model.eval()(idx)
-    assert not routing.usage(model).any()
-    choice, _ = per_token(model, idx)
+    assert not any(used.any() for used in routing.usage(model))
+    kinds = by_kind(model, idx)
     model.train()(idx)
-    expected = torch.stack([torch.bincount(c.flatten(), minlength=14) for c in choice]).float()
-    assert torch.equal(routing.usage(model), expected) and expected.sum() == 2 * 3 * 50 * 4
+    for used, (choice, _), routed, active in zip(routing.usage(model), kinds, (14, 3), (4, 2), strict=True):
+        expected = torch.stack([torch.bincount(c.flatten(), minlength=routed) for c in choice]).float()
+        assert torch.equal(used, expected) and expected.sum() == 2 * 3 * 50 * active
     routing.reset_usage(model)
-    assert not routing.usage(model).any()
+    assert not any(used.any() for used in routing.usage(model))
 
 
 def test_the_gradient_of_the_balance_is_the_excess_use_whatever_the_loss():
     model = build()
-    total = torch.zeros(2, 14)
+    total = [torch.zeros(2, 14), torch.zeros(2, 3)]
     for seed in (1, 2):
         idx = tokens(3, 50, seed=seed)
         routing.reset_usage(model)
         (1e-3 * model(idx[:, :-1], idx[:, 1:])).backward()
-        total += routing.usage(model) / (3 * 49) - 4 / 14
-    found = torch.stack([block.mlp.balance.grad for block in model.transformer.h])
-    torch.testing.assert_close(found, total)
+        for sum_, used, share in zip(total, routing.usage(model), (4 / 14, 2 / 3)):
+            sum_ += used / (3 * 49) - share
+    for kind, expected in zip(routing.parts(model), total, strict=True):
+        torch.testing.assert_close(torch.stack([part.balance.grad for part in kind]), expected)
 
 
 def test_what_all_text_has_in_common_is_taken_off_and_every_block_comes_into_use(monkeypatch):
@@ -172,7 +206,7 @@ def test_what_all_text_has_in_common_is_taken_off_and_every_block_comes_into_use
             model(idx[:, :-1], idx[:, 1:]).backward()
             optimizer.step()
             model.zero_grad(set_to_none=True)
-        return routing.usage(model)
+        return routing.usage(model)[0]
     ours, centred = spread(0.01), spread(0.0)
     monkeypatch.setattr(routing, "common", lambda token_count, table: torch.zeros(()))
     neither = spread(0.0)
@@ -201,8 +235,14 @@ def test_frozen_routing_chooses_the_same_blocks_after_training():
 def test_looking_at_choices_changes_nothing():
     model, idx = build().train(), tokens(2, 40)
     found = routing.choices(model, idx)
-    assert found.shape == (2, 2, 3, 4) and model.training and not routing.usage(model).any()
-    assert all(block.mlp.decision is None for block in model.transformer.h)
+    assert found.shape == (2, 2, 3, 4) and model.training and not any(used.any() for used in routing.usage(model))
+    assert all(part.decision is None for kind in routing.parts(model) for part in kind)
+
+
+def test_with_a_decision_for_every_token_only_bos_is_under_the_constant_choice():
+    idx = tokens(2, 40, bos_every=13)
+    constant, own = routing.coverage(idx, dict(bos=BOS, reach="token", chunk=1))
+    assert torch.equal(constant, idx == BOS) and torch.equal(own, idx != BOS)
 
 
 @pytest.mark.parametrize("reach", ["bos", "row"])

@@ -4,14 +4,14 @@ import torch
 from nanochat_cl import arms
 
 BOS = 0
-SIZES = dict(sequence_len=64, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SL")  # 14 routed blocks of width 8, 4 active
+SIZES = dict(sequence_len=64, vocab_size=64, n_layer=2, n_head=4, n_kv_head=4, n_embd=32, window_pattern="SL")  # 14 routed blocks of width 8, 4 active
 
 
 def build(arm="cl", seed=1, lively=True, sizes=None, **changed):
     """A model of that arm under the patches. lively: projections that nanochat starts at zero are random, so that blocks differ."""
     from nanochat import gpt
     sizes = {**SIZES, **(sizes or {})}
-    cl = arms.cl(sizes["n_embd"], BOS, arm, **changed)
+    cl = arms.cl(sizes["n_embd"], sizes["n_head"], BOS, arm, **changed)
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(**sizes, **({} if cl is None else {"cl": cl})))
     model.to_empty(device="cpu")
@@ -21,7 +21,7 @@ def build(arm="cl", seed=1, lively=True, sizes=None, **changed):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if "c_proj" in name or name == "lm_head.weight":
+                if name.endswith("c_proj.weight") or name == "lm_head.weight":
                     p.normal_(0, 0.1, generator=generator)
                 if name.endswith("router"):
                     p.normal_(0, 0.3, generator=generator)
