@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -29,6 +30,7 @@ def say(line: str) -> None:
 
 def prepare() -> None:
     """What torch and nanochat read only once: call it before they are imported."""
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names of collectives that upstream uses have younger ones
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # base_train sets it too, but after we imported torch
     compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and shutil.which(name)), None)
     if compiler is None:

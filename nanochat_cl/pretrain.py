@@ -17,7 +17,7 @@ import traceback
 import zipfile
 from pathlib import Path
 
-from nanochat_cl import command, files, machine, upstream
+from nanochat_cl import arms, command, files, machine, upstream
 from nanochat_cl.command import UserError
 from nanochat_cl.profiles import PROFILES
 
@@ -39,30 +39,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, default="cpu", help="sizes of the run (default: %(default)s)")
     parser.add_argument("--arm", default="dense", help="a name of nanochat_cl.arms (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of weights and data order (default: %(default)s)")
+    for name, (default, what) in arms.OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default),
+                            help=f"of a Model-CL: {what} (default: the arm's, or {default})")
     for name, default in FLAGS.items():
         kind = {"action": "store_true"} if default is False else {"type": type(default) if default is not None else str}
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help="passed on to scripts.base_train", **kind)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([*PROFILES[parser.parse_args(argv).profile].pretrain, *argv])
     args.flags = {name: getattr(args, name) for name in FLAGS}
+    args.options = {name: getattr(args, name) for name in arms.OPTIONS if getattr(args, name) is not None}
     return args
 
 
 def check(args: argparse.Namespace, world_size: int) -> None:
     """Whatever the user can put right, before anything is written; the tokenizer is checked where it is loaded."""
     import pyarrow.parquet
-    from nanochat.common import autodetect_device_type
     from nanochat.dataset import list_parquet_files
 
-    from nanochat_cl import arms, runs
+    from nanochat_cl import runs
     flags = args.flags
-    if arms.named(args.arm).rows:
-        raise UserError(f"the arm {args.arm} differs in Phase B only: pretrain dense, then evolve it --from <dense's folder>")
+    if other := arms.named(args.arm).phase_a:
+        raise UserError(f"the arm {args.arm} differs in Phase B only: pretrain {other}, which it starts from")
+    if args.options.get("backend") == "slice":
+        raise UserError("--backend slice is for decoding, where one choice serves all; expected auto, masked or bmm")
     if args.arm != "dense" and (flags["fp8"] or flags["target_flops"] > 0):
         raise UserError(f"with --fp8 or --target-flops the arm {args.arm} would not train as dense does: leave them out "
                         f"(--num-iterations sets the horizon of both)")
-    if world_size > 1 and (flags["device_type"] or autodetect_device_type()) != "cuda":
-        raise UserError(f"{world_size} ranks need CUDA: on other devices nanochat does not synchronise their gradients; use one process")
     if wrong := [f"{name} {flags[name]}" for name in SIZES if flags[name] < 1]:
         raise UserError(f"sizes must be positive, got {', '.join(wrong)}")
     micro_tokens = flags["device_batch_size"] * flags["max_seq_len"] * world_size
@@ -128,7 +131,7 @@ def base_train(flags: dict) -> None:
 def pretrain(args: argparse.Namespace) -> None:
     from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, get_base_dir
 
-    from nanochat_cl import accounting, arms, patching, tokenizer
+    from nanochat_cl import accounting, patching, runs, tokenizer
     from patches import settings
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(args, world_size)
@@ -136,7 +139,7 @@ def pretrain(args: argparse.Namespace) -> None:
     heads = math.ceil(flags["depth"] * flags["aspect_ratio"] / flags["head_dim"])
     config = {"sequence_len": flags["max_seq_len"], "vocab_size": vocabulary.get_vocab_size(), "n_layer": flags["depth"], "n_head": heads,
               "n_kv_head": heads, "n_embd": heads * flags["head_dim"], "window_pattern": flags["window_pattern"]}
-    cl = arms.cl(config["n_embd"], vocabulary.get_bos_token_id(), args.arm)
+    cl = arms.cl(config["n_embd"], heads, vocabulary.get_bos_token_id(), args.arm, **args.options)
     flags["model_tag"] = flags["model_tag"] or f"d{flags['depth']}_{args.arm}_s{args.seed}"
     folder = Path(get_base_dir()) / "base_checkpoints" / flags["model_tag"]
     record = begun(folder, {
@@ -150,6 +153,8 @@ def pretrain(args: argparse.Namespace) -> None:
     machine.check_disk(folder, 12 * saves * accounting.params({**config, "cl": cl})["total"])  # fp32: a weight and at most two moments
 
     machine.say(f"{who}, profile {args.profile}: {config['n_layer']} layers of {config['n_embd']} -> {folder}")
+    if cl is not None:
+        machine.say(f"{who}: {accounting.ledger({**config, 'cl': cl})}")
     if flags["resume_from_step"] == -1:
         flags["resume_from_step"] = last_whole_step(folder, world_size)
     if (last := flags["resume_from_step"]) != -1:
@@ -162,7 +167,8 @@ def pretrain(args: argparse.Namespace) -> None:
     if rank == 0:
         files.write_json(folder / "phase_a_begun.json", record)
     on_cpu = (flags["device_type"] or autodetect_device_type()) == "cpu"
-    with settings.using(seed=args.seed, arm=cl), patching.applied(), machine.fixed_sums(cl is not None and on_cpu):
+    good = lambda: f"an unsaved step; last good checkpoint: step {last_whole_step(folder, world_size)} of {folder}"
+    with settings.using(seed=args.seed, arm=cl), patching.applied(), machine.fixed_sums(cl is not None and on_cpu), runs.together(good):
         base_train(flags)
     if rank != 0:
         return

@@ -9,6 +9,12 @@ import hashlib
 import json
 import mmap
 import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,9 @@ import torch.distributed as dist
 from nanochat_cl import files, machine
 from nanochat_cl.command import UserError
 
-KEEP = 2  # states: the newest, and the one before it in case the newest is damaged
+KEEP = 2  # newest states: one more in case the newest is damaged
+RANK_TIMEOUT = timedelta(minutes=10)  # that ranks wait for one that is behind, which may be saving; NCCL's own default, too
+RANK_ANSWER = timedelta(seconds=10)   # and then for a sign of life
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
@@ -50,9 +58,41 @@ def ranks() -> tuple[int, int]:
 def over_ranks(value: torch.Tensor, op: str) -> torch.Tensor:
     """The "sum" or "max" of every rank's `value`; `value` itself without a process group."""
     if dist.is_initialized():
-        value = value.cuda() if dist.get_backend() == "nccl" else value.clone()
-        dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+        value = value.clone()
+        dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], _hosts() if value.device.type == "cpu" else None)
     return value
+
+
+@cache
+def _hosts() -> dist.ProcessGroup | None:
+    """The group for main memory. Where a rank hangs it raises, which NCCL's doesn't, and `together` explains it."""
+    return dist.new_group(backend="gloo", timeout=RANK_TIMEOUT) if dist.get_backend() == "nccl" else None
+
+
+@contextmanager
+def together(where: Callable[[], str]) -> Iterator[None]:
+    """
+    Where the block fails because a rank died or hangs, the others end with status 1, and the first of them says which rank and `where`
+    the run was; torchrun ends the rest. Who hangs in a collective of NCCL is not named: NCCL's own timeout ends that process.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        (rank, world_size), alive = ranks(), []
+        with suppress(dist.DistError):  # the store itself is rank 0's, where no agent of torchrun keeps it
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"alive/{rank}", "")
+            time.sleep(RANK_ANSWER.total_seconds())
+            alive = [other for other in range(world_size) if store.check([f"alive/{other}"])]
+        if len(alive) == world_size:
+            raise
+        if rank == (alive or [rank])[0]:
+            gone = ", ".join(str(other) for other in range(world_size) if other not in alive) if alive else "0"
+            print(f"stopped, rank {gone} of {world_size} died or did not answer for {RANK_TIMEOUT.total_seconds():g} s: at {where()}; "
+                  f"the same command continues", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def place(folder: Path, step: int) -> Path:
@@ -64,27 +104,37 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in (folder / "checkpoints").glob("*/complete.json"))
 
 
-def save_state(folder: Path, step: int, state: dict) -> None:
-    """Save every rank's state after `step` steps, then the manifest; older states go."""
-    (rank, world_size), here = ranks(), place(folder, step)
-    path = here / f"state_rank{rank}.pt"
-    (here / "complete.json").unlink(missing_ok=True)
-    with files.replacing(path) as f:
-        torch.save(state, f)
-    sums = [(path.name, _sha256(path))] * world_size
+def write_part(folder: Path, step: int, state: dict) -> tuple[str, str]:
+    """Write this rank's part of the state after `step` steps: its name and sha256, for `complete`. Calls no other rank: fit for a thread."""
+    path = place(folder, step) / f"state_rank{ranks()[0]}.pt"
+    try:
+        (path.parent / "complete.json").unlink(missing_ok=True)
+        with files.replacing(path) as f:
+            torch.save(state, f)
+        return path.name, _sha256(path)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); make room, and the same command continues") from e
+
+
+def complete(folder: Path, step: int, part: tuple[str, str], always: Collection[int] = ()) -> None:
+    """Write the manifest of all ranks' parts: now it is a state. Older ones go, but for those after the steps `always`."""
+    rank, world_size = ranks()
+    parts = [part] * world_size
     if world_size > 1:
-        dist.all_gather_object(sums, sums[rank])
+        dist.all_gather_object(parts, part)
     if rank == 0:
-        files.write_json(here / "complete.json", dict(sums))
-        keep = {place(folder, kept) for kept in saved_steps(folder)[-KEEP:]}
+        files.write_json(place(folder, step) / "complete.json", dict(parts))
+        saved = saved_steps(folder)
+        keep = {place(folder, kept) for kept in {*saved[-KEEP:], *(set(saved) & set(always))}}
         for old in set((folder / "checkpoints").iterdir()) - keep:
             (old / "complete.json").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: Path, device: torch.device) -> dict | None:
-    """This rank's part of the newest whole state; a damaged one is named and the one before it used. None where there is none."""
-    chosen = [next((step for step in saved_steps(folder)[::-1] if _whole(place(folder, step))), None) if ranks()[0] == 0 else None]
+def load_state(folder: Path, device: torch.device, wanted: Callable[[int], bool] = lambda step: True) -> dict | None:
+    """This rank's part of the newest whole state `wanted`; a damaged one is named and the one before it used. None where there is none."""
+    chosen = [next((step for step in saved_steps(folder)[::-1] if wanted(step) and _whole(place(folder, step))), None)
+              if ranks()[0] == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen)
     if chosen[0] is None:

@@ -9,8 +9,8 @@ the model patches look for `cl` in the model's config, the process-wide ones for
 
 # In this order they are applied, and in the reverse order undone.
 ORDER = (
-    "common_seed", "dataset_order",                                                     # the process: inert at seed 42
-    "gpt_config", "gpt_mlp", "gpt_forward", "gpt_init", "gpt_optimizer", "gpt_scaling", "gpt_flops",    # the model
-    "optim_blocks", "optim_rows",                                                       # its optimizer
+    "common_seed", "common_gloo", "dataset_order",                                      # the process: inert at seed 42 and on one rank
+    "gpt_config", "gpt_mlp", "gpt_attention", "gpt_forward", "gpt_init", "gpt_optimizer", "gpt_scaling", "gpt_flops",    # the model
+    "optim_gloo", "optim_blocks", "optim_rows",                                         # its optimizer
     "engine_cache",                                                                     # decoding
 )

@@ -109,9 +109,9 @@ def test_an_unknown_flag_or_value_ends_with_status_2_and_says_which(argv, messag
     assert status.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_ranks_whose_gradients_nobody_would_average_are_refused(here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 ranks need CUDA" in refused([])
+def test_more_ranks_than_row_groups_are_refused(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "a row group of text for each of 8 ranks" in refused(["--total-batch-size=2048", "--eval-tokens=2048"])
 
 
 def test_missing_or_broken_text_and_tokenizer_are_named(here, base):
