@@ -8,7 +8,7 @@ import argparse
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
-from itertools import islice, tee
+from itertools import islice
 from pathlib import Path
 
 from nanochat_cl import files, pretrain, sources
@@ -20,8 +20,8 @@ from nanochat_cl.sources import Document, checksums, read_parquet, said, write_p
 BYTES_PER_TOKEN = 4.2       # English at a vocabulary of 32K (est.): turns --tokens into bytes
 CROPPED = 0.4               # of the text is thrown away by nanochat's packing (35 % at 2,048 tokens, rounded up)
 HELD_OUT_BYTES = 8_000_000  # at most, of each held-out class
-NAMED = {"fineweb-edu": "hf:HuggingFaceFW/fineweb-edu:sample-100BT:text",
-         "climbmix": "hf:karpathy/climbmix-400b-shuffle::text"}  # nanochat's own shards
+# nanochat's own shuffled shards: the beginning of hf:HuggingFaceFW/fineweb-edu:sample-100BT:text is not a sample of it
+NAMED = {"fineweb-edu": "hf:karpathy/fineweb-edu-100b-shuffle::text", "climbmix": "hf:karpathy/climbmix-400b-shuffle::text"}
 
 
 def parser(stage: str, description: str) -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser(stage: str, description: str) -> argparse.ArgumentParser:
     result.add_argument("--profile", choices=PROFILES, default="cpu", help="sizes of the run (default: %(default)s)")
     result.add_argument("--packages", type=Path, default=Path(sysconfig.get_paths()["purelib"]),
                         help="packages for embedded (default: this environment's)")
-    result.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes for embedded (default: %(default)s)")
+    result.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes (default: %(default)s)")
     return result
 
 
@@ -58,23 +58,24 @@ def build(args: argparse.Namespace) -> None:
     if found := manifest(data_dir, asked):
         print(f"corpus | complete: {found['documents']['train']:,} training documents in {data_dir}")
         return
-    state = manifest(data_dir, asked, "corpus.partial.json")  # of a build that died; it tells our shards from others'
+    state = manifest(data_dir, asked, partial := "corpus.partial.json")  # of a build that died; it tells our shards from others'
     if state is None and any(data_dir.glob("*.parquet")):
         raise UserError(f"{data_dir} holds shards that are not ours; move them away, or use another NANOCHAT_BASE_DIR")
-    state = state or {**asked, "read": 0, "shards": 0, "bytes": 0, "documents": {"train": 0}, "dropped": {"near": 0, "exact": 0}}
     print(f"corpus | {args.source} -> {data_dir}", flush=True)
-    skipped, shard = {}, "shard_{:05d}.parquet".format
-    if args.source == "embedded":
-        first, source = tee(sources.extract(sources.prose, sources.modules(args.packages), args.workers))
-    else:
-        first, source = tee(sources.read(NAMED.get(args.source, args.source), skipped))
-    held = held_out(first, HELD_OUT_BYTES, skipped)
-    del first  # else it would keep whatever `source` reads
-    overlap = Overlap(d.text for c in HELD_OUT for d in held[c])
+    embedded = sources.extract(sources.prose, sources.modules(args.packages), args.workers) if args.source == "embedded" else None
+    read = lambda *more: iter(embedded) if embedded is not None else sources.read(NAMED.get(args.source, args.source), *more)
+    if state is None:
+        for c, documents in held_out(read(skipped := {}), HELD_OUT_BYTES, skipped, args.workers).items():
+            write_parquet(general / f"{c}.parquet", [d._replace(subdomain="general") for d in documents])
+    held, shard = {c: read_parquet(general / f"{c}.parquet") for c in HELD_OUT}, "shard_{:05d}.parquet".format
+    state = state or {**asked, "read": 0, "place": {}, "shards": 0, "bytes": 0, "documents": {"train": 0, **{c: len(held[c]) for c in held}},
+                      "dropped": {"near_general": 0, "exact": 0}, "skipped": {}}
+    overlap = Overlap({"near_general": [d.text for c in HELD_OUT for d in held[c]]}, args.workers)
     seen = {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
-    source, enough = islice(source, state["read"], None), (args.tokens or float("inf")) * BYTES_PER_TOKEN
-    while state["bytes"] < enough and (block := list(islice(source, args.docs_per_shard))):
-        files.write_json(data_dir / "corpus.partial.json", state)
+    skip = 0 if state["place"] else state["read"]  # a hub goes on from where it was; all else is near, and read again
+    source = islice(read(state["skipped"] if skip == 0 else state.setdefault("again", {}), None, state["place"]), skip, None)
+    files.write_json(data_dir / partial, state)
+    while state["bytes"] < (args.tokens or float("inf")) * BYTES_PER_TOKEN and (block := list(islice(source, args.docs_per_shard))):
         kept = [d for d, _ in screened(block, overlap, seen, state["dropped"])]
         if kept:
             write_parquet(data_dir / shard(state["shards"]), kept)
@@ -82,16 +83,15 @@ def build(args: argparse.Namespace) -> None:
         state["shards"] += bool(kept)
         state["documents"]["train"] += len(kept)
         state["bytes"] += sum(len(d.text.encode()) for d in kept)
+        files.write_json(data_dir / partial, state)
     if not state["shards"]:
-        raise UserError(f"{args.source} leaves no training document; skipped: {said(skipped)}; dropped: {state['dropped']}")
+        raise UserError(f"{args.source} leaves no training document; skipped: {said(state['skipped'])}; dropped: {state['dropped']}")
     write_parquet(data_dir / shard(state["shards"]), held["val"])  # sorts last: nanochat's validation split
-    for c in HELD_OUT:
-        write_parquet(general / f"{c}.parquet", [d._replace(subdomain="general") for d in held[c]])
-        state["documents"][c] = len(held[c])
-    files.write_json(data_dir / "corpus.json", {**state, "files": checksums(data_dir), "skipped": said(skipped)})
-    (data_dir / "corpus.partial.json").unlink()
+    state |= {"files": checksums(data_dir), "skipped": said(state["skipped"])}
+    files.write_json(data_dir / "corpus.json", state)
+    (data_dir / partial).unlink()
     print(f"corpus | {state['documents']} documents, {state['bytes'] / 1e6:,.1f} MB to train on in {state['shards']} shards; "
-          f"dropped {state['dropped']}; skipped: {said(skipped)}; next: python -m nanochat_cl.domain --profile {args.profile}")
+          f"dropped {state['dropped']}; skipped: {state['skipped']}; next: python -m nanochat_cl.domain --profile {args.profile}")
 
 
 def manifest(folder: Path, asked: dict, name: str = "corpus.json") -> dict | None:
@@ -105,7 +105,7 @@ def manifest(folder: Path, asked: dict, name: str = "corpus.json") -> dict | Non
     return found
 
 
-def held_out(documents: Iterable[Document], limit: float, skipped: dict) -> dict[str, list[Document]]:
+def held_out(documents: Iterable[Document], limit: float, skipped: dict, workers: int) -> dict[str, list[Document]]:
     """The held-out documents at the beginning of a corpus, of each class `limit` characters; no test document is near to a val document."""
     found, size = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0)
     for d in documents:
@@ -115,8 +115,8 @@ def held_out(documents: Iterable[Document], limit: float, skipped: dict) -> dict
             size[split] += len(d.text)
             if min(size.values()) >= limit:
                 break
-    val = Overlap(d.text for d in found["val"])
-    found["test"] = [d for d in found["test"] if val.share(d.text) < NEAR]
+    val = Overlap({"val": [d.text for d in found["val"]]}, workers)
+    found["test"] = [d for d, share in zip(found["test"], val.of([d.text for d in found["test"]])) if share < NEAR]
     if not all(found.values()):
         raise UserError(f"too few documents: of the two held-out classes (5 % each) one is empty, a few hundred documents are needed; "
                         f"skipped: {said(skipped)}")
@@ -124,28 +124,33 @@ def held_out(documents: Iterable[Document], limit: float, skipped: dict) -> dict
 
 
 def screened(documents: Iterable[Document], overlap: Overlap, seen: set[str], dropped: dict) -> Iterator[tuple[Document, float]]:
-    """Training documents and what share of each is held out: no near duplicates, no exact ones of `seen`. About 15 MB/s (2026-11-24)."""
-    for d in documents:
-        if split_of(d.key) == "train":
-            share, name = overlap.share(d.text), digest(d.text)
-            if share < NEAR and name not in seen:
-                seen.add(name)
-                yield d, share
-            else:
-                dropped["near" if share >= NEAR else "exact"] += 1
+    """Training documents and what share of each is held out: no near duplicates, no exact ones of `seen`. `dropped` counts by group."""
+    documents = [d for d in documents if split_of(d.key) == "train"]
+    for d, shares in zip(documents, overlap.of([d.text for d in documents])):
+        reason = overlap.groups[shares.argmax()] if shares.max() >= NEAR else "exact" if (name := digest(d.text)) in seen else None
+        if reason:
+            dropped[reason] += 1
+        else:
+            seen.add(name)
+            yield d, shares.max()
 
 
-def prune(data_dir: Path, overlap: Overlap) -> int:
-    """Take the near duplicates of `overlap`'s documents out of the training shards of a complete corpus; how many there were."""
-    state, pruned, left = files.read_json(data_dir / "corpus.json"), 0, 0
+def prune(data_dir: Path, overlap: Overlap) -> dict[str, int]:
+    """Take the near duplicates of `overlap`'s texts out of the training shards of a complete corpus; how many there were, by group."""
+    state, pruned, left = files.read_json(data_dir / "corpus.json"), dict.fromkeys(overlap.groups, 0), 0
     for path in sorted(data_dir.glob("*.parquet"))[:-1]:
         shard = read_parquet(path)
-        keep = [d for d in shard if overlap.share(d.text) < NEAR]
+        keep = []
+        for d, shares in zip(shard, overlap.of([d.text for d in shard])):
+            if shares.max() < NEAR:
+                keep.append(d)
+            else:
+                pruned[overlap.groups[shares.argmax()]] += 1
         if len(keep) < len(shard):
             write_parquet(path, keep)
-        pruned, left = pruned + len(shard) - len(keep), left + len(keep)
+        left += len(keep)
     state["documents"]["train"], state["files"] = left, checksums(data_dir)
-    state["dropped"]["near_domain"] = state["dropped"].get("near_domain", 0) + pruned
+    state["dropped"] |= {name: state["dropped"].get(name, 0) + count for name, count in pruned.items()}
     files.write_json(data_dir / "corpus.json", state)
     return pruned
 

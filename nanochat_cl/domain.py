@@ -1,9 +1,10 @@
 """
 The domain of Phase B: documents with a sub-domain each, cut into train, val and test, free of overlap with what is held out anywhere.
 
-A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given), "sources":
-[{"source", and how a row names its sub-domain: "value", or "column" with an optional "pattern" (its first group is the name) and "values"
-(read no further when all are full)}]}; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
+A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given: as the
+sources come, such as in time), "sources": [{"source", and how a row names its sub-domain: "value", or "column" with an optional "pattern"
+(its first group is the name) and "values" (read no further when all are full); "key", a column that pieces of one work have in common}]};
+or the path of such a file; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
 
 python -m nanochat_cl.domain --profile cpu
 python -m nanochat_cl.domain --profile gpu1 --domain 'files:/data/company'   # sub-domain = top folder
@@ -15,18 +16,19 @@ from pathlib import Path
 
 from nanochat_cl import corpus, files, sources
 from nanochat_cl.command import UserError, run
-from nanochat_cl.holdout import HELD_OUT, Overlap, split_of
+from nanochat_cl.holdout import HELD_OUT, NEAR, NGRAM, Overlap, digest, split_of
 from nanochat_cl.profiles import PROFILES
 from nanochat_cl.sources import Document, checksums, read_parquet, said, write_parquet
 
 RECIPES = Path(__file__).parent / "domains"
-OTHERS = "files:<folder or glob> or hf:<dataset>[:config][:column]"
+OTHERS = "the path of a recipe, files:<folder or glob> or hf:<dataset>[:config][:column]"
 CAP = {"train": 1.0, "val": 0.2, "test": 0.2}  # shares of the limit: a large package gives more held-out documents than 5 % of it
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = corpus.parser("domain", "Make the documents of Phase B")
     flags.add_argument("--domain", help=f"a recipe of {RECIPES.name}/, {OTHERS} (default: the profile's)")
+    flags.add_argument("--order", choices=["seed", "name", "size", "given"], help="of the sub-domains (default: the recipe's, else seed)")
     flags.add_argument("--subdomain-mb", type=float, help="most text of a sub-domain (default: 8 of them last for Phase B)")
     args = flags.parse_args(argv)
     args.domain = args.domain or PROFILES[args.profile].domain
@@ -38,8 +40,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def name_of(domain: str) -> str:
     """The folder of a domain in <base>/corpora: its own name, or the last part of the folder or dataset it is read from."""
     kind, _, rest = domain.partition(":")
-    path = sources.files_root(rest).resolve() if kind == "files" else Path(rest.split(":")[0] or domain)
+    path = sources.files_root(rest).resolve() if kind == "files" else Path(rest.split(":")[0] or domain.removesuffix(".json"))
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
+
+
+def items(folder: Path) -> list[str]:
+    """The evaluation items of `folder`/*/*.jsonl with their right answers; what has fewer than 13 words is too common to be compared."""
+    from nanochat_cl import exam
+    read = [item for path in sorted(folder.glob("*/*.jsonl")) for item in exam.read(path, 10**9)]
+    texts = [(i.context if isinstance(i.context, str) else i.context[i.gold]) + i.choices[i.gold] for i in read]
+    return [text for text in texts if len(text.split()) >= NGRAM]
 
 
 def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) -> list[Document]:
@@ -65,37 +75,47 @@ def build(args: argparse.Namespace) -> None:
     from nanochat.dataset import DATA_DIR
     data_dir, folder = Path(DATA_DIR), Path(get_base_dir()) / "corpora" / name_of(args.domain)
     recipes = {path.stem: path for path in RECIPES.glob("*.json")}
-    if ":" not in args.domain and args.domain not in recipes:
+    named = recipes.get(args.domain, Path(args.domain))
+    if ":" not in args.domain and not named.is_file():
         raise UserError(f"no domain {args.domain!r}: expected {', '.join(sorted(recipes))}, {OTHERS}")
-    recipe = {"sources": [{"source": args.domain}]} if ":" in args.domain else files.read_json(recipes[args.domain])
+    recipe = {"sources": [{"source": args.domain}]} if ":" in args.domain else files.read_json(named)
     if folder.name == "general":
         raise UserError("a domain cannot be called general: that is the corpus of Phase A; rename its folder")
     if not (data_dir / "corpus.json").is_file():
         raise UserError(f"no general corpus at {data_dir}; make it first: python -m nanochat_cl.corpus --profile {args.profile}")
-    asked = {"domain": args.domain, "recipe": recipe, "subdomain_mb": args.subdomain_mb}
+    order = args.order or recipe.get("order", "seed")
+    asked = {"domain": args.domain, "recipe": recipe, "order": order, "subdomain_mb": args.subdomain_mb}
+    evaluation = items(folder.parent.parent / "eval")
+    compared = {"number": len(evaluation), "sha256": digest("\n".join(evaluation))}
     manifest = corpus.manifest(folder, asked)
-    if manifest and manifest["general_files"] == files.read_json(data_dir / "corpus.json")["files"]:
+    if manifest and manifest["items"] == compared and manifest["general_files"] == files.read_json(data_dir / "corpus.json")["files"]:
         print(f"domain | complete: {manifest['documents']['train']:,} training documents in {folder}")
         return
     print(f"domain | {args.domain} -> {folder}", flush=True)
-    manifest = manifest or {**asked, "order": recipe.get("order", "seed"), **_write(args, recipe, folder)}
+    if manifest is None or manifest["items"] != compared:
+        manifest = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
     # Also of a general corpus that was made again since
-    pruned = corpus.prune(data_dir, Overlap(d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")))
+    held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]
+    pruned = corpus.prune(data_dir, Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
     manifest |= {"general_pruned": pruned, "general_files": files.read_json(data_dir / "corpus.json")["files"]}
     files.write_json(folder / "corpus.json", manifest)
     print(table(manifest["subdomains"]))
-    print(f"domain | dropped {manifest['dropped']}; skipped: {manifest['skipped']}; took {pruned} near duplicates of its "
-          f"held-out documents out of the general corpus; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
+    print(f"domain | {len(evaluation):,} evaluation items compared; dropped here {manifest['dropped']}, from the general corpus {pruned}; "
+          f"held-out documents near an item (kept): {manifest['held_out_near_evaluation']}; skipped: {manifest['skipped']}; "
+          f"next: python -m nanochat_cl.tokenizer --profile {args.profile}")
 
 
-def _write(args: argparse.Namespace, recipe: dict, folder: Path) -> dict:
+def _write(args: argparse.Namespace, recipe: dict, folder: Path, evaluation: list[str]) -> dict:
     """Write train, val and test; their part of the manifest."""
-    skipped, dropped = {}, {"near": 0, "exact": 0}
+    skipped = {}
     documents = [d for source in recipe["sources"] for d in gather(source, args.subdomain_mb * 1e6, args, skipped)]
-    parts = corpus.held_out(documents, float("inf"), skipped)
-    general = [d for c in HELD_OUT for d in read_parquet(folder.parent / "general" / f"{c}.parquet")]
-    overlap, share, size = Overlap(d.text for d in parts["val"] + parts["test"] + general), Counter(), Counter()
-    parts["train"] = []
+    parts = corpus.held_out(documents, float("inf"), skipped, args.workers)
+    general = [d.text for c in HELD_OUT for d in read_parquet(folder.parent / "general" / f"{c}.parquet")]
+    held = [d.text for c in HELD_OUT for d in parts[c]]
+    overlap = Overlap({"near_domain": held, "near_general": general, "near_evaluation": evaluation}, args.workers)
+    near_items = {"domain": held, "general": general}
+    near_items = {name: int((overlap.of(texts)[:, 2] >= NEAR).sum()) for name, texts in near_items.items()}
+    parts["train"], share, size, dropped = [], Counter(), Counter(), dict.fromkeys([*overlap.groups, "exact"], 0)
     for d, shared in corpus.screened(documents, overlap, set(), dropped):
         parts["train"].append(d)
         share[d.subdomain] += shared
@@ -112,7 +132,7 @@ def _write(args: argparse.Namespace, recipe: dict, folder: Path) -> dict:
     for split in CAP:
         write_parquet(folder / f"{split}.parquet", [d for d in parts[split] if d.subdomain in subdomains])
     return {"documents": {split: sum(row[split] for row in subdomains.values()) for split in CAP}, "subdomains": subdomains,
-            "dropped": dropped, "skipped": said(skipped), "files": checksums(folder)}
+            "dropped": dropped, "held_out_near_evaluation": near_items, "skipped": said(skipped), "files": checksums(folder)}
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -12,9 +12,8 @@ import re
 import tokenize
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from nanochat_cl import files
 from nanochat_cl.command import UserError
 from nanochat_cl.holdout import digest
+from nanochat_cl.parallel import parallel
 
 LARGEST = 10_000_000  # characters of one document: beyond it is a dump, not a text
 ROWS = {".jsonl", ".parquet"}
@@ -37,7 +37,7 @@ TESTS = {"test", "tests", "testing", "_tests", "conftest"}
 class Document(NamedTuple):
     text: str
     subdomain: str
-    key: str  # decides the class (holdout.split_of): package/module for `embedded`, else a hash of the text
+    key: str  # decides the class (holdout.split_of): package/module for `embedded`, a recipe's column, else a hash of the text
 
 
 def said(skipped: dict[str, list[str]]) -> str:
@@ -61,18 +61,20 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
 
 
-def read(source: str, skipped: dict[str, list[str]], label: dict | None = None) -> Iterator[Document]:
+def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, place: dict | None = None) -> Iterator[Document]:
     """
     Documents of `files:<folder or glob>` or `hf:<dataset>[:config][:column]`. `label` says what names the sub-domain: {"value": name}, or
     {"column": c, "pattern": regular expression whose first group is the name (rows without a match are left out)}; otherwise a column
-    `subdomain`, the top folder, or the file's name. Its "data_files" picks files of a hub dataset.
+    `subdomain`, the top folder, or the file's name. Its "key" is a column that pieces of one work share: they are held out together.
+    Its "data_files" picks files of a hub dataset. `place` of a hub dataset always says where to read on; {} is the beginning.
     """
     label = label or {}
     kind, _, rest = source.partition(":")
     if kind not in ("files", "hf") or not rest:
         raise UserError(f"a source is embedded, files:<folder or glob> or hf:<dataset>[:config][:column], got {source!r}")
     dataset, config, column = (*rest.split(":"), "", "")[:3]
-    rows = _file_rows(rest, skipped) if kind == "files" else _hub_rows(dataset, config, column or "text", label.get("data_files"))
+    rows = _file_rows(rest, skipped) if kind == "files" else _hub_rows(
+        dataset, config, column or "text", label.get("data_files"), {} if place is None else place)
     for name, default, row in rows:
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
@@ -84,7 +86,7 @@ def read(source: str, skipped: dict[str, list[str]], label: dict | None = None) 
         text = text.encode("utf-8", "ignore").decode()  # JSON can spell half a character
         subdomain = label.get("value") or str(row.get(label.get("column", "subdomain")) or default)
         if match := re.search(label.get("pattern", "(.+)"), subdomain, re.MULTILINE):
-            yield Document(text, match.group(1), digest(text))
+            yield Document(text, match.group(1), str(row.get(label.get("key")) or digest(text)))
 
 
 def files_root(pattern: str) -> Path:
@@ -129,14 +131,17 @@ def _json(line: str) -> Any:
         return json.loads(line)
 
 
-def _hub_rows(dataset: str, config: str, column: str, data_files: str | None) -> Iterator[tuple[str, str, dict]]:
+def _hub_rows(dataset: str, config: str, column: str, data_files: str | None, place: dict) -> Iterator[tuple[str, str, dict]]:
     import datasets  # slow to import, and needed here alone
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
     try:
         rows = datasets.load_dataset(dataset, config or None, split="train", streaming=True, data_files=data_files)
-        for n, row in enumerate(rows, 1):
+        if place:
+            rows.load_state_dict(place["state"])  # files before this one are not opened again
+        for n, row in enumerate(rows, place.get("row", 0) + 1):
             if column not in row:
                 raise ValueError(f"no column {column!r} but {', '.join(sorted(row))}")
+            place |= {"row": n, "state": rows.state_dict()}
             yield f"{dataset}#{n}", Path(dataset).name, {**row, "text": row[column]}
     except Exception as e:  # the hub fails in the ways of five libraries; whatever it is, the remedy is the user's
         line = " ".join(str(e).split())[:200]
@@ -154,8 +159,7 @@ def modules(root: Path, packages: list[str] | None = None) -> list[tuple[str, Pa
 
 def extract(function: Callable[[str], str | None], items: list[tuple[str, Path]], workers: int) -> list[Document]:
     """`function(source)` of every module, as documents in the order of `items`, without those that give None or are no Python."""
-    with get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
-        texts = list((pool.map if pool else map)(partial(_extract, function), items))
+    texts = parallel(partial(_extract, function), items, workers)
     return [Document(text, key.split("/")[0], key) for (key, _), text in zip(items, texts) if text]
 
 

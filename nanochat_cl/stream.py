@@ -98,6 +98,9 @@ class Stream:
             raise command.UserError(f"the order of sub-domains must be {', '.join(orders)}, got {order!r}")
         self.subdomains = orders[order]
         if replay:
+            if GENERAL in names:
+                raise command.UserError(f"--replay and a sub-domain called {GENERAL} cannot be told apart; "
+                                        f"rename it and make the domain again")
             from nanochat import dataset
             shards = sorted(Path(dataset.DATA_DIR).glob("*.parquet"))[:-1]  # by name, whatever order a run's seed gives them
             self._tokens |= token_files(shards, train.parents[1] / GENERAL, tokenizer, GENERAL) or {GENERAL: np.empty(0)}
@@ -204,8 +207,8 @@ def describe(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
     figure = Figure((14, 1.5 + 0.3 * len(rows)), layout="constrained")
     sizes, overlap, schedule = figure.subplots(1, 3, sharey=True, width_ratios=[1, 1, 3])
-    for axes, column, label in ((sizes, "tokens", "training tokens"), (overlap, "mean_share", "share of 13-grams in held-out documents")):
-        axes.barh(list(rows), [row[column] for row in rows.values()])
+    for axes, column, scale, label in ((sizes, "tokens", 1e-6, "tokens (M)"), (overlap, "mean_share", 100, "% held-out 13-grams")):
+        axes.barh(list(rows), [scale * row[column] for row in rows.values()])
         axes.set_xlabel(label)
     steps = np.linspace(0, profile.max_tokens // profile.total_batch_size, 300, endpoint=False).astype(int)
     drawn = [[name for name, _ in stream.places(step)] for step in steps]

@@ -45,7 +45,7 @@ def test_a_held_out_module_reaches_no_batch_of_phase_a_in_no_disguise(base, tmp_
     held = {d["key"]: d["text"] for c in ("val", "test") for d in read(base / "corpora" / "general" / f"{c}.parquet")}
     assert len(held) > 10 and all(text.startswith(SECRET) for text in held.values())
     manifest = files.read_json(base / "base_data_climbmix" / "corpus.json")
-    assert manifest["dropped"] == {"near": 6, "exact": 0} and "'near': 6" in capsys.readouterr().out
+    assert manifest["dropped"] == {"near_general": 6, "exact": 0} and "'near_general': 6" in capsys.readouterr().out
     text = trained_text(16)
     documents = read_all_train(base)
     assert text.count(KEPT) > 2 * len(documents), "more than one pass over the training documents"

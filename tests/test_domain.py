@@ -54,7 +54,7 @@ def test_a_held_out_module_reaches_no_batch_of_phase_b_in_no_disguise_and_is_the
         assert code == prose and len(code) > 4
         assert all(split_of(d["key"]) == c and SECRET in d["text"] and d["subdomain"] == d["key"].split("/")[0] for d in read(folder / f"{c}.parquet"))
     manifest = files.read_json(folder / "corpus.json")
-    assert manifest["dropped"] == {"near": 6, "exact": 0}
+    assert manifest["dropped"] == {"near_domain": 6, "near_general": 0, "near_evaluation": 0, "exact": 0}
     out = capsys.readouterr().out
     assert sorted(line.split()[0] for line in out.splitlines() if line.startswith("p")) == [f"p{i}" for i in range(6)]
 
@@ -69,9 +69,9 @@ def test_copies_of_held_out_domain_documents_are_taken_out_of_both_phases(base, 
     assert text.count(KEPT) > 90 and SECRET not in text
     assert SECRET not in trained_text(16) and "general " in trained_text(4)
     manifest, general = files.read_json(folder / "corpus.json"), files.read_json(base / "base_data_climbmix" / "corpus.json")
-    assert set(manifest["subdomains"]) == {"law", "med"} and manifest["general_pruned"] == general["dropped"]["near_domain"] >= 3
+    assert set(manifest["subdomains"]) == {"law", "med"} and manifest["general_pruned"]["near_domain"] == general["dropped"]["near_domain"] >= 3
     assert general["documents"]["train"] == len(read_all_train(base)) and manifest["general_files"] == general["files"]
-    assert f"took {manifest['general_pruned']} near duplicates" in capsys.readouterr().out
+    assert f"from the general corpus {manifest['general_pruned']}" in capsys.readouterr().out
 
     run(f"files:{tmp_path / 'company'}")
     assert capsys.readouterr().out.count("\n") == 1, "complete: one line"
@@ -112,7 +112,7 @@ def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(b
     with pytest.raises(UserError, match="make it first: python -m nanochat_cl.corpus"):
         run("planted", "--packages", str(site))
     make_corpus("--packages", str(site))
-    for name, message in (("unknown", "no domain 'unknown': expected planted, files:"), (f"files:{tmp_path / 'none'}", "no files match"),
+    for name, message in (("unknown", "no domain 'unknown': expected planted, the path of a recipe, files:"), (f"files:{tmp_path / 'none'}", "no files match"),
                           (f"files:{tmp_path / 'one'}", "too few documents"), (f"files:{tmp_path / 'general'}", "cannot be called general")):
         with pytest.raises(UserError, match=message) as e:
             run(name)
@@ -127,7 +127,7 @@ def test_the_shipped_recipes_say_what_is_needed(path):
     recipe = files.read_json(path)
     assert recipe["description"] and recipe["order"] in ("seed", "name", "size", "given")
     for source in recipe["sources"]:
-        assert set(source) <= {"source", "value", "values", "column", "pattern", "data_files", "packages", "most"}
+        assert set(source) <= {"source", "value", "values", "column", "pattern", "key", "data_files", "packages", "most"}
         assert source["source"] == "embedded" and len(source["packages"]) >= source["most"] or source["source"].startswith("hf:")
 
 
@@ -160,5 +160,45 @@ def test_a_folder_of_parquet_files_with_a_subdomain_column_is_a_domain(base, tmp
     run(f"files:{MEDICAL}/q*.parquet", "--subdomain-mb", "0.4")
     manifest = files.read_json(base / "corpora" / "medical" / "corpus.json")
     assert set(manifest["subdomains"]) == {p.stem for p in MEDICAL.glob("q*.parquet")} and manifest["skipped"] == "none"
-    held = corpus.Overlap(d["text"] for c in ("val", "test") for d in read(base / "corpora" / "medical" / f"{c}.parquet"))
-    assert max(held.share(d["text"]) for d in read(base / "corpora" / "medical" / "train.parquet")) < 0.4
+    held = corpus.Overlap({"held": [d["text"] for c in ("val", "test") for d in read(base / "corpora" / "medical" / f"{c}.parquet")]})
+    assert held.of([d["text"] for d in read(base / "corpora" / "medical" / "train.parquet")]).max() < 0.4
+
+
+def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(base, tmp_path, capsys):
+    import random
+    r = random.Random(9)
+    text_folder(tmp_path / "company", tmp_path / "web")
+    questions = [f"itemword {sentences(r, 20)}" for _ in range(40)]
+    (base / "eval" / "facts").mkdir(parents=True)
+    (base / "eval" / "facts" / "q.jsonl").write_text("\n".join(json.dumps({"question": q, "choices": ["no", "yes"], "answer": 1}) for q in questions))
+    for i, question in enumerate(questions):
+        place = (tmp_path / "company" / "law", tmp_path / "web")[i % 2]
+        (place / f"item{i}.txt").write_text(f"{KEPT} {sentences(r, 60)} {question} yes {sentences(r, 60)}")
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    assert "itemword" in trained_text(8), "planted"
+    run(f"files:{tmp_path / 'company'}")
+    assert "itemword" not in trained_text(16) + streamed_text(base / "corpora" / "company")
+    manifest = files.read_json(base / "corpora" / "company" / "corpus.json")
+    held = [d["text"] for c in ("val", "test") for name in ("company", "general") for d in read(base / "corpora" / name / f"{c}.parquet")]
+    counts = manifest["dropped"]["near_evaluation"], manifest["general_pruned"]["near_evaluation"], sum("itemword" in text for text in held)
+    assert sum(counts) == 40 and min(counts) > 0 and sum(manifest["held_out_near_evaluation"].values()) == counts[2]
+    assert "40 evaluation items compared" in capsys.readouterr().out
+    (base / "eval" / "facts" / "q.jsonl").write_text('{"question": "a"}\n{"choices": 3, "answer": 0}')
+    with pytest.raises(UserError, match="q.jsonl: expected lines with good and bad"):
+        run(f"files:{tmp_path / 'company'}")
+
+
+def test_a_recipe_may_be_any_file_and_pieces_of_one_work_are_held_out_together(base, tmp_path):
+    import random
+    r = random.Random(4)
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jsonl").write_text("\n".join(json.dumps({"text": sentences(r, 50)}) for _ in range(150)))
+    (tmp_path / "d").mkdir()
+    rows = [{"text": sentences(r, 50), "book": f"book {i % 120}", "subdomain": "ab"[i % 2]} for i in range(600)]
+    (tmp_path / "d" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "library.json").write_text(json.dumps({"order": "given", "sources": [{"source": f"files:{tmp_path / 'd'}", "key": "book"}]}))
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(str(tmp_path / "library.json"), "--order", "name")
+    where = {c: {d["key"] for d in read(base / "corpora" / "library" / f"{c}.parquet")} for c in ("train", "val", "test")}
+    assert sum(map(len, where.values())) == len(set.union(*where.values())) == 120 and min(map(len, where.values())) > 1
+    assert files.read_json(base / "corpora" / "library" / "corpus.json")["order"] == "name"

@@ -39,7 +39,8 @@ def test_share_is_what_sets_of_word_tuples_give(seed):
     held_out = [text(r.randint(0, 60)) for _ in range(r.randint(1, 5))]
     copied = r.choice(held_out)
     candidate = r.choice([text(r.randint(0, 60)), copied.upper(), copied + " " + text(40), text(20) + " " + copied[:len(copied) // 2]])
-    assert abs(Overlap(held_out).share(candidate) - slow_share(candidate, held_out)) < 1e-12
+    shares = Overlap({"first": held_out, "second": held_out[:1], "none": []}).of([candidate])[0]
+    assert abs(shares - [slow_share(candidate, held_out), slow_share(candidate, held_out[:1]), 0]).max() < 1e-12, shares
 
 
 def test_copies_with_changes_are_near_and_a_shared_licence_line_is_not():
@@ -47,11 +48,19 @@ def test_copies_with_changes_are_near_and_a_shared_licence_line_is_not():
     fresh = lambda n: " ".join(f"word{r.randrange(5000)}" for _ in range(n))
     licence = "permission is hereby granted free of charge to any person obtaining a copy of this software and associated files "
     original = licence + fresh(300)
-    overlap = Overlap([original, licence + fresh(200)])
+    held_out = Overlap({"held": [original, licence + fresh(200)]})
+    share = lambda text: held_out.of([text])[0, 0]
     words = original.split()
     for i in range(0, len(words), 60):
         words[i] = "changed"
-    assert overlap.share(" ".join(words)) > NEAR
-    assert overlap.share(fresh(3000) + " " + original) > NEAR, "a long text that holds a held-out document whole"
-    assert 0 < overlap.share(licence + fresh(300)) < 0.1
-    assert overlap.share(fresh(300)) == 0 and overlap.share("") == 0 and Overlap([]).share(original) == 0
+    assert share(" ".join(words)) > NEAR
+    assert share(fresh(3000) + " " + original) > NEAR, "a long text that holds a held-out document whole"
+    assert 0 < share(licence + fresh(300)) < 0.1
+    assert share(fresh(300)) == 0 and share("") == 0 and Overlap({"none": []}).of([original])[0, 0] == 0
+
+
+def test_any_number_of_workers_finds_the_same_shares():
+    r = random.Random(2)
+    texts = [" ".join(f"w{r.randrange(40)}" for _ in range(40)) for _ in range(300)]
+    alone, four = (Overlap({"a": texts[:200], "b": texts[250:]}, workers).of(texts) for workers in (1, 4))
+    assert (alone == four).all() and (alone[:200, 0] == 1).all() and (alone[200:250] < 1).all()

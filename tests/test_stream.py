@@ -186,3 +186,10 @@ def test_replay_lengthens_the_stream_to_exactly_the_last_batch_it_can_fill(folde
         assert s.batch(have // (ROWS * T) - 1) and s.unique_tokens(have // (ROWS * T)) <= s.total_tokens
         with pytest.raises(UserError, match="has ended"):
             s.batch(have // (ROWS * T))
+
+
+def test_replay_into_a_domain_with_a_subdomain_called_general_is_refused(folder, general):
+    table(folder / "train.parquet", [("y" * 200, "general"), ("x" * 200, "law")])
+    assert set(make(folder, "iid").subdomains) == {"general", "law"}
+    with pytest.raises(UserError, match="--replay and a sub-domain called general cannot be told apart; rename it"):
+        make(folder, "iid", replay=0.1)

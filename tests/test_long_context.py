@@ -1,0 +1,55 @@
+"""Phase B with rows longer than Phase A's: what is far back is seen."""
+import os
+
+import pytest
+import torch
+
+import toy_phase_a
+from nanochat_cl import evolve, files, patching
+from nanochat_cl.command import UserError
+
+T, LONG = toy_phase_a.T, 8 * toy_phase_a.T  # two layers see no further than 2 x T if their windows stay those of Phase A
+FLAGS = [*toy_phase_a.ARGS, "--total-batch-size", "512", "--device-batch-size", "2", "--max-tokens", "1024", "--milestone-tokens", "1024"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    place, before = tmp_path_factory.mktemp("base"), os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(place)
+    torch.compiler.set_stance("force_eager")
+    yield toy_phase_a.make(place)
+    torch.compiler.set_stance("default")
+    os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
+
+
+def reach(model, needle=3, length=LONG):
+    """The furthest position whose loss depends on the token at `needle`."""
+    x = torch.randint(0, 200, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other[0, needle] += 1
+    with torch.no_grad():
+        a, b = (model(t[:, :-1], t[:, 1:], loss_reduction="none").flatten() for t in (x, other))
+    return int((a != b).nonzero().max())
+
+
+def test_a_token_beyond_phase_as_context_changes_the_loss(base):
+    def begun(*more):
+        with patching.applied():
+            return evolve.begin(evolve.parse([*FLAGS, "--arms", "dense", *more]))
+    short, long = begun("--name", "short").learners[0].model, begun("--name", "long", "--max-seq-len", str(LONG)).learners[0].model
+    for model in (short, long):  # the toy's output projections are next to zero
+        for name, p in model.named_parameters():
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p)
+    lengths = [left for left, _ in short.window_sizes]
+    assert [left for left, _ in long.window_sizes] == [LONG if left == T else left for left in lengths] and LONG in dict(long.window_sizes)
+    assert reach(long) > LONG - 8, reach(long)
+    assert reach(short) < LONG - 8, reach(short)
+
+
+def test_both_arms_train_on_long_rows_and_the_run_remembers_their_length(base):
+    evolve.evolve(evolve.parse([*FLAGS, "--name", "both", "--max-seq-len", str(LONG)]))
+    records = files.read_jsonl(base / "evolve" / "both" / "records.jsonl")
+    assert [(r["arm"], r["step"]) for r in records] == [(arm, step) for step in (0, 2) for arm in ("dense", "cl")]
+    assert files.read_json(base / "evolve" / "both" / "config.json")["asked"]["seq_len"] == LONG
+    with pytest.raises(UserError, match="seq_len"):
+        evolve.evolve(evolve.parse([*FLAGS, "--name", "both"]))
