@@ -61,9 +61,10 @@ def load_panel(path: Path, tokenizer, docs_per_subdomain: int, seq_len: int, row
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, panel: Panel, token_bytes: torch.Tensor) -> np.ndarray:
+def score(model: torch.nn.Module, panel: Panel, token_bytes: torch.Tensor, greedy: bool = False) -> np.ndarray:
     """
-    (n, 2) float64: nats and bytes of the scored tokens of each sequence, the same on every rank; bpb = nats / (ln 2 * bytes).
+    (n, 2) float64: nats and bytes of the scored tokens of each sequence, the same on every rank; bpb = nats / (ln 2 * bytes). With
+    `greedy` a third column: how many of them are not the likeliest token.
 
     `model(x, y, loss_reduction="none")` gives nats per position. Targets of no bytes (special tokens) count in neither, as in
     nanochat.loss_eval. Batches are dealt out to the ranks whole, so the number of ranks does not change a bit of the result.
@@ -71,7 +72,7 @@ def score(model: torch.nn.Module, panel: Panel, token_bytes: torch.Tensor) -> np
     """
     rank, world_size = runs.ranks()
     device, size = model.get_device(), token_bytes.cpu().to(torch.int64)
-    result = torch.zeros(len(panel.sequences), 2, dtype=torch.float64)
+    result = torch.zeros(len(panel.sequences), 2 + greedy, dtype=torch.float64)
     model.eval()
     for batch in panel.batches[rank::world_size]:
         width = max(len(panel.sequences[batch[0]]) - 1, 2)  # upstream's forward needs two positions
@@ -83,6 +84,8 @@ def score(model: torch.nn.Module, panel: Panel, token_bytes: torch.Tensor) -> np
         loss = model(x.to(device), y.to(device), loss_reduction="none").view(y.shape)
         result[list(batch), 0] = loss.cpu().double().sum(1)
         result[list(batch), 1] = size[y.clamp(min=0)].masked_fill(y < 0, 0).sum(1).double()
+        if greedy:
+            result[list(batch), 2] = ((model(x.to(device)).argmax(-1).cpu() != y) & (y >= 0)).sum(1).double()
     return runs.over_ranks(result, "sum").cpu().numpy()
 
 

@@ -2,14 +2,23 @@
 What every arm is asked at every milestone of Phase B: the same held-out documents, probes and prompts, planned once.
 
 Whoever has choice tests puts them into <base>/eval/{floor,facts,questions}/*.jsonl (formats: `read`) before the run: what should not be
-lost, what may be, and questions about the domain. Each file is a probe of its own, in the record under the folder's name.
+lost, what may be, and questions about the domain. Each file is a probe of its own, in the record under the folder's name. CORE's tasks join
+them when nanochat's eval_bundle is in the base directory, and cloze questions from the general training text are facts in any case.
+
+    tier    at milestones               asked
+    light   all                         domain and general text, the procedural floor; evolve adds recall and the use of blocks
+    full    0, 1, 2, 4, 8 .., the last  all that and choice tests of the floor, facts, questions, plasticity, drift since Phase A
 """
 import hashlib
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from nanochat_cl import evaluate, files, metrics, probes
@@ -20,23 +29,79 @@ PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 2, 24, 48  # so many prompts of general 
 ROUTED_ROWS = 8  # of general text, whose routing is compared to Phase A's
 
 
-def read(path: Path, limit: int) -> list[probes.Item]:
+NAMES = {"query": "context", "ctx": "context", "endings": "choices", "gold": "answer", "label": "answer", "target": "continuation",
+         "sentence_good": "good", "sentence_bad": "bad"}  # what CORE, HellaSwag, LAMBADA and BLiMP call it
+CORE = {"floor": ("hellaswag_zeroshot", "lambada_openai", "winograd", "winogrande", "piqa", "copa"),
+        "facts": ("jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "openbook_qa")}  # of its 22, asked without examples
+CLOZE_DOCS, RARE = 4096, 50  # so many training texts are read for cloze questions, whose answers occur there at most so often
+SENTENCE = re.compile(r"(?<=[.!?]\s)([A-Z][^.!?]{40,240})\s([A-Z][a-z]{2,}|\d{2,4})\.(?=\s|$)")
+
+
+def read(path: Path, limit: int, delimiter: str = " ") -> list[probes.Item]:
     """
-    At most `limit` lines of a jsonl file, the first in the order of a hash: sentences {"good", "bad"} (BLiMP), or {"context" and/or
-    "question", "choices", "answer": index}, where one gap "_" makes sentences of it (Winogrande).
+    At most `limit` lines of a jsonl file, the first in the order of a hash: sentences {"good", "bad"} (BLiMP); {"context" and/or
+    "question", "choices", "answer": index}, whose context may have one gap "_" (Winogrande: scored is what follows it) and whose question
+    may be cause or effect (COPA); {"context", "continuation"} (LAMBADA); {"context_options", "continuation", "answer"}; or in NAMES.
     """
     def item(row: dict) -> probes.Item:
+        row = {NAMES.get(key, key): value for key, value in row.items()}
         if "good" in row:
             return probes.Item(path.stem, "", (row["bad"], row["good"]), 1)  # in this order, for the first wins a tie
-        context, choices, gold = " ".join(row[part] for part in ("context", "question") if part in row), row["choices"], int(row["answer"])
-        if context.count("_") == 1:
-            return probes.Item(path.stem, "", tuple(context.replace("_", choice) for choice in choices), gold)
-        return probes.Item(path.stem, context, tuple(f" {choice.strip()}" for choice in choices), gold, per_byte=True)
+        if "context_options" in row:
+            contexts = tuple(row["context_options"])
+            return probes.Item(path.stem, contexts, (delimiter + row["continuation"],) * len(contexts), int(row["answer"]))
+        context = " ".join(row[part] for part in ("context", "question") if part in row)
+        if "choices" not in row:
+            return probes.Item(path.stem, context.strip(), (delimiter + row["continuation"].strip(),), 0)
+        choices, gold = [choice.strip() for choice in row["choices"]], int(row["answer"])
+        if link := {"cause": "because", "effect": "so"}.get(row.get("question")):
+            context, choices = f"{row['context'].rstrip('. ')} {link}", [choice[0].lower() + choice[1:] for choice in choices]
+        before, _, after = context.partition("_")
+        if context.count("_") == 1 and re.search(r"\w", after):
+            return probes.Item(path.stem, tuple(before + choice for choice in choices), (after,) * len(choices), gold)
+        return probes.Item(path.stem, context, tuple(delimiter + choice for choice in choices), gold, per_byte=True)
     try:
         rows = sorted(files.read_jsonl(path), key=lambda row: hashlib.sha256(repr(row).encode()).digest())
         return [item(row) for row in rows[:limit]]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path}: expected lines with good and bad, or context, choices and answer, got {e!r}; convert the file") from e
+
+
+def core(bundle: Path, group: str, limit: int) -> list[probes.Item]:
+    """Items of the group's CORE tasks from nanochat's eval_bundle, where it is."""
+    import yaml
+    tasks = yaml.safe_load((bundle / "core.yaml").read_text())["icl_tasks"] if (bundle / "core.yaml").is_file() else []
+    return [item for task in tasks if task["label"] in CORE.get(group, ())
+            for item in read(bundle / "eval_data" / task["dataset_uri"], limit, task.get("continuation_delimiter", " "))]
+
+
+def training_texts(base: Path) -> Iterator[str]:
+    """The first CLOZE_DOCS general training texts; the last shard is nanochat's held-out one."""
+    from nanochat import dataset
+    shards = sorted((base / Path(dataset.DATA_DIR).name).glob("*.parquet"))[:-1]
+    batches = (batch for path in shards for batch in pq.ParquetFile(path).iter_batches(256, columns=["text"]))
+    return islice((text for batch in batches for text in batch["text"].to_pylist()), CLOZE_DOCS)
+
+
+def cloze(texts: Iterable[str], limit: int) -> list[probes.Item]:
+    """
+    At most `limit` questions of fact from texts: the rare name or number that ends a sentence, against three of its kind that end others.
+    A name has a capital and stands nowhere in lower case. The order of a hash chooses; nothing is asked for twice.
+    """
+    words, sentences, kinds, made = Counter(), {}, {}, []
+    for text in texts:
+        words.update(re.findall(r"\w+", text))
+        sentences.update((word, " ".join(context.split())) for context, word in SENTENCE.findall(text))
+    for word in sorted(sentences, key=lambda word: hashlib.sha256(word.encode()).digest()):
+        if words[word] <= RARE and (word.isdigit() or not words[word.lower()]) and word not in sentences[word]:
+            kinds.setdefault(len(word) if word.isdigit() else 0, []).append(word)  # names, and numbers of as many digits
+    for kind in kinds.values():
+        for i, word in enumerate(kind[:limit]):
+            choices = [other for other in kind[i + 1:] + kind[:i] if other not in sentences[word]][:3]
+            if len(choices) == 3:
+                choices.insert(i % 4, word)
+                made.append(probes.Item("cloze", sentences[word], tuple(f" {choice}" for choice in choices), i % 4, per_byte=True))
+    return sorted(made, key=lambda item: hashlib.sha256(str(item.context).encode()).digest())[:limit]
 
 
 class Exam:
@@ -51,10 +116,11 @@ class Exam:
         self.domain, self.general = panels(domain_dir, docs), panels(domain_dir.parent / "general", max(docs, GENERAL_DOCS))
         self.tokenizer, self.token_bytes, self.rows = tokenizer, token_bytes, rows
         self.subdomains = sorted(set(self.domain["val"].subdomains))
-        self.items = {"floor": probes.items(probe_items), "facts": [], "questions": []}
-        for group, items in self.items.items():
-            for path in sorted((domain_dir.parent.parent / "eval" / group).glob("*.jsonl")):
-                items += read(path, probe_items)
+        base, self.light, self.full = domain_dir.parent.parent, probes.items(probe_items), {"floor": [], "facts": [], "questions": []}
+        for group, items in self.full.items():
+            items += core(base / "eval_bundle", group, probe_items)
+            items += [item for path in sorted((base / "eval" / group).glob("*.jsonl")) for item in read(path, probe_items)]
+        self.full["facts"] += cloze(training_texts(base), probe_items)
         tests = {"domain": self.domain["test"], "general": self.general["test"]}
         self.constant_share = {name: evaluate.constant_share(panel) for name, panel in tests.items()}
         general, one_each = self.general["val"].sequences, [self.domain["val"].subdomains.index(name) for name in self.subdomains]
@@ -63,18 +129,18 @@ class Exam:
         longest = max(map(len, general))
         self.routed = torch.from_numpy(np.stack([sequence for sequence in general if len(sequence) == longest][:ROUTED_ROWS]))
 
-    def scores(self, model: torch.nn.Module, pause: Callable[[], None]) -> dict[str, Any]:
-        """The entries domain, general, floor, facts, questions and plasticity of a record; `pause` is called wherever one may stop."""
+    def scores(self, model: torch.nn.Module, pause: Callable[[], None], full: bool = True) -> dict[str, Any]:
+        """The entries domain, general and floor of a record, if full facts, questions and plasticity too; pause() where one may stop."""
         result: dict[str, Any] = {"domain": {}, "general": {}}
         for split in ("val", "test"):
             result["domain"][split] = evaluate.summary(self.domain[split], evaluate.score(model, self.domain[split], self.token_bytes))
             pause()
             result["general"][split] = evaluate.pooled(evaluate.score(model, self.general[split], self.token_bytes))
             pause()
-        for group, items in self.items.items():  # short texts, so more of them at once
-            result[group] = probes.score_probes(model, self.tokenizer, self.token_bytes, items, 4 * self.rows)
+        for group, items in (("floor", self.light), *(self.full.items() if full else ())):  # short texts, so more of them at once
+            result[group] = result.get(group, {}) | probes.score_probes(model, self.tokenizer, self.token_bytes, items, 4 * self.rows)
             pause()
-        return {**result, "plasticity": metrics.plasticity(model, self.routed[:2, :-1].to(model.get_device()))}
+        return {**result, **({"plasticity": metrics.plasticity(model, self.routed[:2, :-1].to(model.get_device()))} if full else {})}
 
     def samples(self, model: torch.nn.Module, arm: str, when: str) -> list[dict[str, str]]:
         """How the model goes on from the prompts, greedily."""

@@ -1,8 +1,8 @@
 """
 The pictures of the report, drawn for print: arms differ by line and marker as well as by colour, every axis has its unit.
 
-crossover, floor, matrix and blocks take the `Curves` of the records and `shown`, the indices of the compared runs (dense first; one where
-there is one arm), and return a figure, or None where nothing was measured; their docstrings are the captions. To be called, and
+crossover, floor, recipes, matrix and blocks take the `Curves` of the records and `shown`, the indices of the compared runs (dense first;
+one where there is one arm), and return a figure, or None where nothing was measured; their docstrings are the captions. To be called, and
 saved, under `matplotlib.rc_context(LOOK)`.
 """
 # R runs (arm, recipe), S seeds, M milestones
@@ -32,7 +32,8 @@ def lines(ax: Axes, c: Curves, shown: list[int], x: Sequence, y: Sequence) -> No
         if i in shown:
             k = shown.index(i)
             look = dict(color=(INK, RED)[k], ls=("-", "--")[k], marker="os"[k], lw=1.8, ms=4.5, zorder=3)
-        ax.plot(x[i], y[i], label=c.names[i], **look)
+        known = np.isfinite(y[i])
+        ax.plot(np.asarray(x[i])[known], np.asarray(y[i])[known], label=c.names[i], **look)
 
 
 def crossover(c: Curves, shown: list[int], v: dict | None, axis: str = "tokens") -> Figure | None:
@@ -65,10 +66,16 @@ def crossover(c: Curves, shown: list[int], v: dict | None, axis: str = "tokens")
     return fig
 
 
-def probes(c: Curves) -> dict[str, np.ndarray]:
-    """Accuracy of every floor probe (R, M), mean over seeds; empty where the floor was not measured."""
-    measured = [set(r.get("floor") or {}) for rows in c.at.values() for r in rows]
-    return {p: c.stack(lambda r: r["floor"][p]["accuracy"]).mean(1) for p in sorted(set.intersection(*measured))}
+def probes(c: Curves, group: str, key: str) -> dict[str, np.ndarray]:
+    """One number of every probe of a group (R, M), mean over seeds; nan at milestones that do not ask it."""
+    names = sorted({p for rows in c.at.values() for r in rows for p in r.get(group) or {}})
+    return {p: c.stack(lambda r: ((r.get(group) or {}).get(p) or {}).get(key, np.nan)).mean(1) for p in names}
+
+
+def centred(c: Curves, group: str) -> dict[str, np.ndarray]:
+    """Accuracy of `probes` on a scale where chance is 0 and 1 perfect."""
+    chance = probes(c, group, "chance")
+    return {p: (accuracy - chance[p]) / (1 - chance[p]) for p, accuracy in probes(c, group, "accuracy").items()}
 
 
 def recalled(c: Curves, run: int) -> dict[float, float]:
@@ -80,30 +87,66 @@ def recalled(c: Curves, run: int) -> dict[float, float]:
 
 def floor(c: Curves, shown: list[int]) -> Figure:
     """
-    Held-out general text; probes on nonce words; what is left of passages that the stream has shown, beyond the gain on held-out passages
-    of the same sub-domain; general text lost for domain text gained, one point per milestone.
+    Held-out general text; the mean of the probes on nonce words, chance being 0; what is left of passages that the stream has shown, beyond
+    the gain on held-out passages of the same sub-domain; right answers to questions of fact, which may be forgotten.
     """
     fig = Figure(figsize=(7, 6))
-    (text, nonce), (recall, pareto) = fig.subplots(2, 2)
-    tokens, lost = [c.tokens / 1e6] * len(c.runs), (c.general[..., :1] - c.general).mean(1)
-    lines(text, c, shown, tokens, lost)
+    (text, nonce), (recall, facts) = fig.subplots(2, 2)
+    tokens = [c.tokens / 1e6] * len(c.runs)
+    lines(text, c, shown, tokens, (c.general[..., :1] - c.general).mean(1))
     text.set(title="general text", xlabel="tokens (millions)", ylabel="bits per byte lost, test\n(lower is better)")
     fig.legend(*text.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    if accuracy := probes(c):
-        lines(nonce, c, shown, tokens, 100 * np.mean(list(accuracy.values()), 0))
-        nonce.axhline(100 * np.mean([c.stack(lambda r: r["floor"][p]["chance"]) for p in accuracy]), color=GREY, ls=":", lw=1)
-    nonce.set(title=f"floor: mean of {len(accuracy)} probes" if accuracy else "floor probes: not measured", xlabel="tokens (millions)",
-              ylabel="accuracy (%)\n(dotted: chance)", ylim=(0, 100))
+    if asked := [x for x in centred(c, "floor").values() if np.isfinite(x).all()]:  # at every milestone
+        lines(nonce, c, shown, tokens, 100 * np.mean(asked, 0))
+    nonce.set(title=f"floor: mean of {len(asked)} probes" if asked else "floor probes: not measured", xlabel="tokens (millions)",
+              ylabel="centred accuracy (%)\n(0: chance)")
     left = [recalled(c, i) for i in range(len(c.runs))]
     lines(recall, c, shown, [list(ages) for ages in left], [list(ages.values()) for ages in left])
-    recall.set(title="recall at the end" if all(left) else "recall: not measured", xlabel="age of the passage (million tokens)",
+    recall.set(title="recall at the end" if any(left) else "recall: not measured", xlabel="age of the passage (million tokens)",
                ylabel="bits per byte gained\nbeyond held-out text")
-    lines(pareto, c, shown, (c.test - c.test[..., :1]).mean(1), lost)
-    pareto.set(title="forgetting for learning", xlabel="domain bits per byte gained",
-               ylabel="general bits per byte\nlost (low right is better)")
-    for ax in (text, recall, pareto):
+    if known := list(probes(c, "facts", "gold_bpb").values()):
+        lines(facts, c, shown, tokens, np.mean([x - x[:, :1] for x in known], 0))
+    facts.set(title=f"facts, {len(known)} test{'s' * (len(known) > 1)}" if known else "facts: not measured", xlabel="tokens (millions)",
+              ylabel="bits per byte of the right\nanswer lost (lower is better)")
+    for ax in (text, nonce, recall, facts):
         ax.axhline(0, color=INK, lw=.8)
         ax.locator_params("x", nbins=5)
+    return fig
+
+
+def recipes(c: Curves, shown: list[int]) -> Figure:
+    """
+    Every run, mean over seeds. Left, what it forgot for what it learned: the compared ones by milestone, the others at the end; stepped,
+    the front that no run beats in both. Right, the sweep: best val score of an arm at a learning rate, ringed its optimum.
+    """
+    fig = Figure(figsize=(7, 3.6))
+    pareto, sweep = fig.subplots(1, 2)
+    gained, lost = (c.test - c.test[..., :1]).mean(1), (c.general[..., :1] - c.general).mean(1)
+    part = [slice(None) if i in shown else slice(-1, None) for i in range(len(c.runs))]
+    lines(pareto, c, shown, [x[s] for x, s in zip(gained, part)], [y[s] for y, s in zip(lost, part)])
+    points = sorted(zip(gained.ravel(), lost.ravel()), reverse=True)
+    front = [p for k, p in enumerate(points) if p[1] < min((q[1] for q in points[:k]), default=np.inf)]
+    pareto.step(*zip(*front), where="post", color=INK, lw=.8, ls=":", label="front")
+    pareto.axhline(0, color=INK, lw=.8)
+    pareto.set(title="forgetting for learning", xlabel="domain bits per byte gained",
+               ylabel="general bits per byte lost\n(low right is better)")
+    fig.legend(*pareto.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    found: dict[str, dict[float, float]] = {}  # arm -> peak learning rate -> score
+    for (arm, _), rate, score in zip(c.runs, c.field("lr_mult").mean(1).max(-1), -c.val.mean(1).max(-1)):
+        if np.isfinite(rate):
+            found.setdefault(arm, {})[rate] = min(score, found.get(arm, {}).get(rate, np.inf))
+    for k, (arm, at) in enumerate(found.items()):
+        look = ("o-", "s--", "D-.", "^:", "v-")[k % 5]
+        sweep.plot(*zip(*sorted(at.items())), look, ms=4.5, color=(INK, RED, GREY)[min(k, 2)], label=arm)
+        if len(at) > 1:
+            sweep.plot(low := min(at, key=at.get), at[low], "o", ms=12, mfc="none", mec=INK)
+    ticks = sorted({rate for at in found.values() for rate in at})
+    sweep.set(title="learning rates" if len(ticks) > 1 else "learning rates: not swept", xlabel="learning rate (times Phase A's)",
+              ylabel="domain bits per byte,\nbest on val", xscale="log" if len(ticks) > 1 and ticks[0] > 0 else "linear")
+    sweep.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    sweep.minorticks_off()
+    if found:
+        sweep.legend()
     return fig
 
 
@@ -133,7 +176,10 @@ def matrix(c: Curves, shown: list[int]) -> Figure:
 
 
 def blocks(c: Curves, shown: list[int]) -> Figure | None:
-    """Use of the routed blocks per layer since the last milestone, and the share of blocks that a step leaves as they are."""
+    """
+    Use of the routed blocks per layer since the last milestone; shares of blocks that a step leaves as they are, and that have not moved by
+    one bit since Phase A.
+    """
     rows = [r for r in c.at[(*c.runs[shown[-1]], c.seeds[0])] if r.get("blocks")]
     if not rows:
         return None
@@ -145,7 +191,10 @@ def blocks(c: Curves, shown: list[int]) -> Figure | None:
     left.set(xlabel="routed block", ylabel="layer", title=f"use at the end, seed {c.seeds[0]}")
     left.set_yticks(range(0, len(use), -(-len(use) // 8)))
     fig.colorbar(image, ax=left, label="share of use (%)")
-    right.plot([r["tokens"] / 1e6 for r in rows], [100 * r["blocks"]["idle_share"] for r in rows], color=RED, ls="--", marker="s", ms=4)
+    for key, label, look, color in (("idle_share", "in a step", "s--", RED), ("unmoved", "since Phase A", "o-", INK)):
+        at = [(r["tokens"] / 1e6, 100 * r["blocks"][key]) for r in rows if key in r["blocks"]]
+        right.plot(*np.reshape(at, (-1, 2)).T, look, color=color, ms=4, label=label)
     right.axhline(100 * MIN_IDLE_SHARE, color=INK, ls=":", lw=1)
-    right.set(xlabel="tokens (millions)", ylabel="% (dotted: needed)", title="blocks that did not learn", ylim=(0, 100))
+    right.set(xlabel="tokens (millions)", ylabel="% (dotted: needed in a step)", title="blocks that did not learn", ylim=(0, 100))
+    right.legend()
     return fig

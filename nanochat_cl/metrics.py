@@ -41,16 +41,26 @@ def stability_gap(tokens: np.ndarray, m: np.ndarray) -> tuple[float, float]:
     return float(m[0] - m.min()), float(tokens[back[0]] - tokens[0]) if len(back) else math.inf
 
 
-def selectivity(first: dict, last: dict, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
+def reached(m: np.ndarray, target: float) -> float:
+    """Where the scores m (M,) first come to `target`: an index, between two milestones by linear interpolation; nan if they never do."""
+    k = int(np.argmax(m >= target))
+    return math.nan if m[k] < target else k and float(k - (m[k] - target) / (m[k] - m[k - 1]))
+
+
+def lost(rows: list[dict], at: float, group: str) -> np.ndarray:
+    """Bits per byte of the right choice that items of facts or floor have lost from rows[0] to rows[at], interpolated as in `reached`."""
+    items = lambda r: np.array([bpb for kind in sorted(rows[0][group]) for bpb, _ in r[group][kind]["items"]])
+    a, b = items(rows[int(at)]), items(rows[math.ceil(at)])
+    return a + (at - int(at)) * (b - a) - items(rows[0])
+
+
+def selectivity(facts: np.ndarray, floor: np.ndarray, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
     """
-    Facts lost / floor lost between two records, and its 95 % bootstrap interval over items, in bpb of an item's right choice.
-    0 if no facts were lost; infinite if facts were and the floor was not.
+    Facts lost / floor lost, of what each item lost, and its 95 % bootstrap interval over items. 0 if no facts were lost; infinite if
+    facts were and the floor was not.
     """
-    r, means = np.random.default_rng(seed), []
-    for group in ("facts", "floor"):
-        pairs = [pair for kind in first[group] for pair in zip(first[group][kind]["items"], last[group][kind]["items"])]
-        lost = np.array([now - then for (then, _), (now, _) in pairs])
-        means.append([lost.mean(), *(r.choice(lost, len(lost)).mean() for _ in range(resamples))])
+    r = np.random.default_rng(seed)
+    means = [[x.mean(), *(r.choice(x, len(x)).mean() for _ in range(resamples))] for x in (facts, floor)]
     ratios = [0.0 if facts <= 0 else float(facts / floor) if floor > 0 else math.inf for facts, floor in zip(*means)]
     low, high = map(float, np.quantile(ratios[1:], [0.025, 0.975], method="nearest"))
     return {"selectivity": ratios[0], "selectivity_low": low, "selectivity_high": high}
@@ -69,11 +79,38 @@ def effective_rank(sigma: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
 
 
+def stable_rank(sigma: np.ndarray) -> int:
+    """The least number of largest singular values that hold 99 % of their sum (Dohare et al. 2024); 0 for the zero matrix."""
+    total = np.cumsum(np.sort(sigma)[::-1])
+    return int(np.searchsorted(total, 0.99 * total[-1]) + 1) if sigma.any() else 0
+
+
+@torch.no_grad()
+def change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
+    """{group of weights: |after - before| / |before|} (Frobenius): with one step between them the update/weight ratio."""
+    norms: dict[str, list[float]] = {}
+    for name, w in after.items():
+        group = next((part for part in ("attn", "mlp", "value_embeds", "wte", "lm_head") if part in name), "scalars")
+        if w.is_floating_point():
+            then, now = before[name].to(w).float(), w.float()
+            norms.setdefault(group, []).append([(now - then).square().sum(), then.square().sum()])
+    return {group: float(np.sqrt(np.divide(*np.sum([[x.item() for x in pair] for pair in pairs], 0)))) for group, pairs in norms.items()}
+
+
+@torch.no_grad()
+def unmoved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], shared: int) -> float:
+    """Share of the (layer, routed block) pairs that are what they were, bit for bit; the first `shared` of a layer are not routed."""
+    same = {name: (before[name].to(w) == w)[shared:].flatten(1).all(1) for name, w in after.items()
+            if name.endswith(("mlp.c_fc.weight", "mlp.c_proj.weight"))}
+    return torch.cat([x & same[name.replace("c_fc", "c_proj")] for name, x in same.items() if "c_fc" in name]).float().mean().item()
+
+
 @torch.no_grad()
 def plasticity(model: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
     """
-    For inputs x (B, T): share of dormant MLP units, for three tau, mean over layers; rank of the residual stream after the last layer;
-    mean |w| of all layers. Of a block-sparse MLP (G, b, n) every unit is looked at as if its block were on. Leaves the eval mode on.
+    For inputs x (B, T): share of dormant MLP units, for three tau, and of units active on < 1 % of the inputs, means over layers; ranks
+    of the residual stream after the last layer; mean |w| of all layers. Of a block-sparse MLP (G, b, n) every unit is looked at as if
+    its block were on. Leaves the eval mode on.
     """
     layers, inputs, last = list(model.transformer.h), [], []
     hooks = [layer.mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0].flatten(0, 1).float())) for layer in layers]
@@ -83,9 +120,11 @@ def plasticity(model: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
     for hook in hooks:
         hook.remove()
     hidden = (F.relu(value @ layer.mlp.c_fc.weight.float().flatten(0, -2).T).square() for layer, value in zip(layers, inputs))
-    activity, weights = [h.mean(0).cpu().numpy() for h in hidden], [p.float().abs() for layer in layers for p in layer.parameters()]
+    activity, active = zip(*((h.mean(0).cpu().numpy(), (h > 0).float().mean(0)) for h in hidden))
+    weights, sigma = [p.float().abs() for layer in layers for p in layer.parameters()], torch.linalg.svdvals(last[0]).numpy()
     return {**{f"dormant_{tau}": float(np.mean([dormant_share(a, tau) for a in activity])) for tau in (0.0, 0.025, 0.1)},
-            "effective_rank": effective_rank(torch.linalg.svdvals(last[0]).numpy()),
+            "inactive": float(np.mean([(a < 0.01).float().mean().item() for a in active])),
+            "effective_rank": effective_rank(sigma), "stable_rank": stable_rank(sigma),
             "mean_abs_weight": float(sum(w.sum() for w in weights) / sum(w.numel() for w in weights))}
 
 
@@ -95,7 +134,7 @@ def continual(records: list[dict], arm: str, split: str = "val", **where) -> dic
     """
     Every metric of one run, which `where` (seed=, recipe=) must single out; empty before two sub-domains were seen. A first visit ends at
     the last milestone before the next new sub-domain shows up in `seen`; where several begin between two milestones they share one.
-    Selectivity needs facts to be asked. ValueError when there are no records, or several of one milestone.
+    ValueError when there are no records, or several of one milestone.
     """
     rows = sorted((r for r in records if r["arm"] == arm and all(r[k] == v for k, v in where.items())), key=lambda r: r["milestone"])
     if not rows or len({r["milestone"] for r in rows}) < len(rows):
@@ -107,5 +146,11 @@ def continual(records: list[dict], arm: str, split: str = "val", **where) -> dic
     begun = [next(t for t, r in enumerate(rows) if s in r["seen"]) for s in order]
     ends = [max(begin, after - 1) for begin, after in zip(begun, [*begun[1:], len(rows)])]
     depth, width = stability_gap(np.array([r["tokens"] for r in rows]), A.mean(1))
-    found = {**after_visits(A[ends], A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
-    return {**found, **selectivity(rows[0], rows[-1])} if rows[0].get("facts") else found
+    return {**after_visits(A[ends], A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
+
+
+def light_share(records: list[dict]) -> float:
+    """Time of the light tier's evaluations over that of the training before each; 0 before there are any. Records as evolve orders them."""
+    pairs = [(a, b) for a, b in zip(records, records[len({r["arm"] for r in records}):]) if b.get("tier") == "light"]
+    spent, trained = (sum(b[key] - a[key] for a, b in pairs) for key in ("eval_s", "train_s"))
+    return spent / trained if trained else 0.0

@@ -15,6 +15,7 @@ from nanochat_cl import evaluate
 from nanochat_cl.seeds import seed_for
 
 LEVELS = 3  # 0 easy .. 2 hard: distance, steps, or number of things to keep apart
+NOUNS = [("man", "men"), ("woman", "women"), ("child", "children"), ("boy", "boys"), ("girl", "girls"), ("king", "kings")]
 ADJECTIVES, VERBS = ["small", "old", "red", "new", "big", "good"], ["saw", "found", "liked", "helped", "followed"]
 # The end of this stands before short contexts, so that no choice falls into the first chunk, which Model-CL routes by a constant.
 LEAD_IN = "What follows is one more of the plain sentences that were written down for this list of short examples.".split()
@@ -23,9 +24,9 @@ Made = tuple[str, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Item:
-    """Which choice follows its context?"""
+    """Which choice follows its context? A choice alone: does the model itself go on like that, greedily?"""
     kind: str
-    context: str
+    context: str | tuple[str, ...]  # or one of each choice's own
     choices: tuple[str, ...]
     gold: int
     per_byte: bool = False  # compare log-probability per byte (choices of free length), not in total
@@ -65,6 +66,10 @@ def anaphora(r: random.Random, level: int, flip: bool) -> Made:
     subject, other = pair[flip][0], pair[not flip][0]
     between = ("", f" near the {other}", f" who {r.choice(VERBS)} the {other} near the {nonce(r, 1)[0]}")[level]
     return f"The {subject}{between} {r.choice(VERBS)}", (pair[0][1], pair[1][1])
+
+def determiner(r: random.Random, level: int, flip: bool) -> Made:
+    word = r.choice([("this", "these"), ("that", "those"), ("one", "two"), ("every", "many")])[flip]
+    return " ".join(["They", r.choice(VERBS), word, *r.sample(ADJECTIVES, level)]), r.choice(NOUNS)
 
 # Inference. `n` words a side, of which the first ones are asked for.
 
@@ -123,9 +128,14 @@ def counting(r: random.Random, level: int, flip: bool) -> Made:
     numbers, word = r.sample([low, low + 3 - level], 2), nonce(r, 1)[0]
     return f"Here we see {' and '.join([word] * numbers[flip])}. The number of {word}s is", (names[numbers[0] - 1], names[numbers[1] - 1])
 
+def membership(r: random.Random, level: int, flip: bool) -> Made:
+    (a, b), words, n = r.sample(ADJECTIVES, 2), nonce(r, 2 * (level + 1)), level + 1
+    said = " ".join(f"The {box} box holds {' and '.join(mine)}." for box, mine in ((a, words[:n]), (b, words[n:])))
+    return f"{said} So {words[r.randrange(n) + n * flip]} is in the", (f"{a} box", f"{b} box")
 
-FLUENCY = (agreement, order, polarity, anaphora)
-INFERENCE = (transitivity, syllogism, if_then, negation, copying, induction, brackets, counting)
+
+FLUENCY = (agreement, order, polarity, anaphora, determiner)
+INFERENCE = (transitivity, syllogism, if_then, negation, copying, induction, brackets, counting, membership)
 KINDS = {make.__name__: make for make in FLUENCY + INFERENCE}
 
 
@@ -146,18 +156,22 @@ def score_probes(model: torch.nn.Module, tokenizer, token_bytes: torch.Tensor, i
     {kind: {"accuracy", "gold_bpb", "chance", "items": [[gold_bpb, correct], ...]}}: bits per byte of the right choice given its context
     (mean over items), how often it is the likeliest, and would be by chance. Of what exceeds the model's sequence_len the end is kept.
     """
-    pairs = [(item.context, choice) for item in items for choice in item.choices]
-    ids = dict(zip(texts := sorted({text for pair in pairs for text in pair}), tokenizer.encode(texts)))
-    sequences = [[tokenizer.get_bos_token_id(), *(ids[context] + ids[choice])[-model.config.sequence_len:]] for context, choice in pairs]
-    first = [max(len(sequence) - len(ids[choice]), 1) for sequence, (_, choice) in zip(sequences, pairs)]
-    scores = evaluate.score(model, evaluate.plan([choice for _, choice in pairs], sequences, rows, first), token_bytes)
-    asked: dict[str, list[tuple[float, int, float]]] = {}
-    for item, end in zip(items, np.cumsum([len(item.choices) for item in items])):
-        nats, size = scores[end - len(item.choices):end].T
-        best, gold_bpb = np.argmin(nats / size if item.per_byte else nats), evaluate.bpb(nats[item.gold], size[item.gold])
-        asked.setdefault(item.kind, []).append((gold_bpb, int(best == item.gold), 1 / len(item.choices)))
+    asked, bos = {}, tokenizer.get_bos_token_id()
+    for greedy in (False, True):
+        mine = [item for item in items if (len(item.choices) == 1) == greedy]
+        contexts = (item.context if isinstance(item.context, tuple) else (item.context,) * len(item.choices) for item in mine)
+        pairs = [pair for item, own in zip(mine, contexts) for pair in zip(own, item.choices)]
+        ids = dict(zip(texts := sorted({text for pair in pairs for text in pair}), tokenizer.encode(texts)))
+        sequences = [[bos, *(ids[context] + ids[choice])[-model.config.sequence_len:]] for context, choice in pairs]
+        first = [max(len(sequence) - len(ids[choice]), 1) for sequence, (_, choice) in zip(sequences, pairs)]
+        scores = evaluate.score(model, evaluate.plan([choice for _, choice in pairs], sequences, rows, first), token_bytes, greedy)
+        for item, end in zip(mine, np.cumsum([len(item.choices) for item in mine], dtype=int)):
+            nats, size, *missed = scores[end - len(item.choices):end].T
+            right = missed[0][0] == 0 if greedy else np.argmin(nats / size if item.per_byte else nats) == item.gold
+            asked.setdefault(item.kind, []).append((evaluate.bpb(nats[item.gold], size[item.gold]), int(right),
+                                                    0.0 if greedy else 1 / len(item.choices)))
     result = {}
-    for kind, rows in asked.items():
-        gold_bpb, accuracy, chance = map(float, np.mean(rows, axis=0))
-        result[kind] = {"accuracy": accuracy, "gold_bpb": gold_bpb, "chance": chance, "items": [list(row[:2]) for row in rows]}
+    for kind, found in asked.items():
+        gold_bpb, accuracy, chance = map(float, np.mean(found, axis=0))
+        result[kind] = {"accuracy": accuracy, "gold_bpb": gold_bpb, "chance": chance, "items": [list(item[:2]) for item in found]}
     return result

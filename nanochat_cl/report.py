@@ -38,7 +38,7 @@ pre{background:#f5f7f8;padding:.7rem .9rem;font-size:.8rem;line-height:1.4;white
 """
 ABSENT = "<p class=soft>Not measured.</p>"
 COSTS = ("params_total", "params_active", "flops_per_token", "phase_a_tokens", "phase_a_flops", "tokens", "unique_tokens", "flops",
-         "tok_per_s", "train_s", "eval_s", "checkpoint_s")
+         "tok_per_s", "mfu", "peak_memory_bytes", "train_s", "update_s", "data_s", "eval_s", "checkpoint_s")
 RULES = {"gap": "starts below: d(0) < 0", "limit": f"ends above the best dense score, by {crossover.SMALLEST_BPB} bpb or more",
          "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end",
          "floor": f"loses at most {crossover.FLOOR_BPB} bpb of general text more than dense"}
@@ -74,10 +74,32 @@ def ledger(c: crossover.Curves, records: list[dict]) -> dict[str, dict]:
         each = [metrics.continual(records, arm, "test", recipe=recipe, seed=s) for s in c.seeds]
         row = {"domain bpb, val": -c.val[i, :, -1].mean(), "domain bpb, test": -c.test[i, :, -1].mean()}
         row |= {m: np.mean([x[m] for x in each]) for m in each[0]} | {key: c.field(key)[i, :, -1].mean() for key in COSTS}
+        row["light_eval_frac"] = metrics.light_share([r for s in c.seeds for r in c.at[(arm, recipe, s)]])
         spent = [row[key] for key in ("train_s", "eval_s", "checkpoint_s")]
         row["overhead_frac"] = sum(spent[1:]) / (sum(spent) or math.nan)
         out[c.names[i]] = {key: float(x) if math.isfinite(x) else None for key, x in row.items()}
     return out
+
+
+def at_equal_score(c: crossover.Curves, shown: list[int]) -> list[list[str]]:
+    """
+    Rows of what each run had lost, in bpb, when its domain score on val first came to the best one that all the compared runs reach: means
+    over seeds, interpolated between milestones; facts and floor probes between those that asked both. Facts / floor is the selectivity.
+    """
+    rows, target = [], c.val[shown].mean(1).max(-1).min()
+    for i, name in enumerate(c.names):
+        val, each = c.val[i].mean(0), [c.at[(*c.runs[i], s)] for s in c.seeds]
+        asked = [m for m, r in enumerate(each[0]) if r.get("facts")]
+        at, between = (metrics.reached(x, target) if len(x) else math.nan for x in (val, val[asked]))
+        values = [f"{np.interp(at, range(len(val)), x):.4f}" for x in (c.tokens / 1e6, (c.general[i, :, :1] - c.general[i]).mean(0))]
+        both = [[rows[m] for m in asked] for rows in each]
+        facts, probes = ([np.mean([metrics.lost(rows, between, group) for rows in both], 0) for group in ("facts", "floor")]
+                         if between >= 0 else ([math.nan], [math.nan]))
+        chosen = metrics.selectivity(facts, probes).values() if between >= 0 else ()
+        values += [f"{np.mean(facts):.4f}", f"{np.mean(probes):.4f}", "{:.2f} [{:.2f}, {:.2f}]".format(*chosen) if chosen else "nan"]
+        rows.append([name, *("not measured" if v == "nan" else v.replace("-", figures.MINUS) for v in values)] if at >= 0 else
+                    [name, "not reached", *[""] * 4])
+    return rows
 
 
 def section(title: str, *parts: str) -> str:
@@ -111,8 +133,14 @@ def verdict(v: dict, runs: dict[str, dict]) -> list[str]:
 
 def page(c: crossover.Curves, shown: list[int], result: dict, config: dict, samples: list[dict]) -> str:
     """The HTML of the report."""
-    v, runs, accuracy = result["certificate"], result["ledger"], figures.probes(c)
-    probes = [[p, *(f"{a[i, m]:.1%}" for i in shown for m in (0, -1))] for p, a in accuracy.items()]
+    v, runs, probes = result["certificate"], result["ledger"], []
+    for group in ("floor", "facts", "questions"):
+        chance, gold, accuracy = figures.probes(c, group, "chance"), figures.probes(c, group, "gold_bpb"), figures.centred(c, group)
+        probes += [[f"{group}: {p}", f"{chance[p][0, 0]:.0%}", *(f"{gold[p][i, m]:.3f}, {a[i, m]:+.0%}".replace("-", figures.MINUS)
+                                                                 for i in shown for m in (0, -1))] for p, a in accuracy.items()]
+    last = [c.at[(*c.runs[i], c.seeds[0])][-1] for i in shown]
+    last = [(r.get("plasticity", {}).get("drift", {}), r.get("update_ratio") or {}) for r in last]
+    moved = [[group, *(f"{x[group]:.3%}" if group in x else "" for pair in last for x in pair)] for group in last[-1][0]]
     costs = [[key, *(quantity(run[key]) for run in runs.values())] for key in runs[c.names[0]]]
     texts = {s["prompt"]: [other for other in samples if other["prompt"] == s["prompt"]] for s in samples}
     commands = [config.get("argv", []), ["python", "-m", "nanochat_cl.report", *result["runs"]]]
@@ -124,9 +152,15 @@ def page(c: crossover.Curves, shown: list[int], result: dict, config: dict, samp
                 *(f"<input type=radio name=axis id={k}{' checked' * (k == 'tokens')}> <label for={k}>{k}</label>" for k in figures.AXES),
                 *(figure(figures.crossover, c, shown, v, k, part=k) for k in figures.AXES), "</div>"),
         section("Sub-domains", figure(figures.matrix, c, shown)),
-        section("Floor, recall and forgetting", figure(figures.floor, c, shown),
-                table(["probe", *(f"{c.names[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT),
-        section("Use of blocks", figure(figures.blocks, c, shown)),
+        section("Floor, facts and recall", figure(figures.floor, c, shown),
+                table(["bpb of the right answer, centred accuracy", "chance",
+                       *(f"{c.names[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT),
+        section("Learning against forgetting", figure(figures.recipes, c, shown),
+                table(["bpb lost at equal domain score", "M tokens", "general text", "facts", "floor probes", "facts / floor [95 %]"],
+                      at_equal_score(c, shown)), f"<p class=soft>{' '.join(at_equal_score.__doc__.split())}</p>"),
+        section("Weights and blocks", figure(figures.blocks, c, shown),
+                table(["|change| / |w|", *(f"{c.names[i]}, {when}" for i in shown for when in ("since Phase A", "in a step"))], moved)
+                if moved else ""),
         section("Scores and cost", table([f"at the last milestone; score = {figures.MINUS}bpb", *runs], costs)),
         *([section("Threats to validity", table(["check", "state", "found"], [[k, x["state"], x["found"]] for k, x in v["checks"].items()]),
                    "<p class=soft>Runs on other streams or documents are refused. No check sees other domains, sizes, kinds of text.</p>"),

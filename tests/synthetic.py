@@ -43,7 +43,12 @@ def records(arms=None, seeds=(42,), milestones=9, docs=6, sd=0.002, confirmatory
                     domain[split] = dict(bpb=float(np.mean([v["bpb"] for v in subs.values()])), subdomains=subs)
                 tokens = m * 131072
                 probe = lambda p, j: dict(accuracy=float(np.clip(0.75 - 0.06 * j + 0.03 * cl - lost * 0.3 * t + r.normal(0, 0.02), 0, 1)),
-                                          gold_bpb=1.1 + lost * t, chance=0.5, items=[[1.1, 1], [1.2, 0]])
+                                          gold_bpb=1.1 + lost * t, chance=0.5,
+                                          items=[[float(1.1 + 0.1 * k + lost * t + (m > 0) * r.normal(0, 0.02)), 1] for k in range(6)])
+                full = m == milestones - 1 or m & (m - 1) == 0
+                answers = np.random.default_rng(9).normal(1.6, 0.3, 12)      # bpb of the items at the start
+                recalled = answers + (0.7 * lost * t + r.normal(0, 0.02, 12)) * (m > 0)
+                group = {"wte": 0.9, "attn": 0.5, "mlp": 0.7, "lm_head": 0.4, "scalars": 0.2, "value_embeds": 0.3}
                 windows = [dict(tokens=k * 131072, age_tokens=(m - k) * 131072, subdomain=SUBDOMAINS[k % 8],
                                 gain_bpb=0.5, heldout_gain_bpb=0.45,
                                 recall_bpb=float(0.09 * np.exp(-(m - k) / (4 + 3 * cl)) + r.normal(0, 0.003))) for k in range(1, m + 1)]
@@ -54,14 +59,18 @@ def records(arms=None, seeds=(42,), milestones=9, docs=6, sd=0.002, confirmatory
                     flops_per_token=4.1e6 if cl else 5.4e6,
                     params_total=1_180_000 + 2000 * cl, params_active=840_000 if cl else 1_180_000, phase_a_tokens=1_048_576,
                     phase_a_flops=1_048_576 * (4.1e6 if cl else 5.4e6), train_s=9.0 * m * (1.3 if cl else 1),
-                    eval_s=2.0 * m, checkpoint_s=0.1 * m,
+                    eval_s=2.0 * m, checkpoint_s=0.1 * m, update_s=2.5 * m, data_s=0.2 * m, mfu=None, peak_memory_bytes=1_400_000_000 + m,
+                    tier="full" if full else "light", update_ratio={k: 0.01 * v for k, v in group.items()} if m else None,
+                    **(dict(plasticity={"dormant_0.025": 0.1, "effective_rank": 40.0, "drift": {k: v * t * lr**0.5 for k, v in group.items()}},
+                            facts=dict(cloze=dict(accuracy=float(0.4 - 0.1 * t * lost), gold_bpb=float(recalled.mean()), chance=0.25,
+                                                  items=[[float(x), 1] for x in recalled]))) if full else {}),
                     tok_per_s=14000.0 / (1.3 if cl else 1), subdomain=SUBDOMAINS[m % 8] if m else None, seen=list(SUBDOMAINS[:m]),
                     train_loss=3.0 - t if m else None, lr_mult=lr * ((1 - t) if cooled else 1.0), stream_hash=f"{seed:x}{m:06x}",
                     final=final and m == milestones - 1, confirmatory=confirmatory, schedule="cyclic", profile=profile, domain=domain,
                     general={split: scored(split, "general", 2.1 + lost * t + own[m]) for split in ("val", "test")},
                     floor={p: probe(p, j) for j, p in enumerate(PROBES)},
                     recall=dict(mean=float(np.mean([w["recall_bpb"] for w in windows])) if windows else None, windows=windows),
-                    blocks=dict(idle_share=idle, entropy=2.1 - 0.2 * t, agreement=0.93,
+                    blocks=dict(idle_share=idle, entropy=2.1 - 0.2 * t, agreement=0.93, **(dict(unmoved=idle * (1 - 0.8 * t)) if full else {}),
                                 use=(r.dirichlet(np.ones(14) * 2, 4)).tolist()) if cl else None,
                     constant_share=dict(domain=0.04, general=0.06)))
     return rows

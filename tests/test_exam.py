@@ -25,7 +25,18 @@ def write(path: Path, *rows: dict) -> Path:
     ({"context": "The sun is", "choices": ["hot.", " a bear."], "answer": 0}, Item("x", "The sun is", (" hot.", " a bear."), 0, per_byte=True)),
     ({"question": "Who?", "choices": ["I", "you", "he"], "answer": "2"}, Item("x", "Who?", (" I", " you", " he"), 2, per_byte=True)),
     ({"context": "Sarah helped Maria since _ was kind.", "choices": ["Sarah", "Maria"], "answer": 1},
-     Item("x", "", ("Sarah helped Maria since Sarah was kind.", "Sarah helped Maria since Maria was kind."), 1)),
+     Item("x", ("Sarah helped Maria since Sarah", "Sarah helped Maria since Maria"), (" was kind.",) * 2, 1)),
+    ({"context": "He ate the _.", "choices": ["egg", "pan"], "answer": 0}, Item("x", "He ate the _.", (" egg", " pan"), 0, per_byte=True)),
+    ({"sentence_good": "It is.", "sentence_bad": "It are.", "UID": "p"}, Item("x", "", ("It are.", "It is."), 1)),
+    ({"context": "The grass was wet.", "question": "cause", "choices": ["It rained.", "The sun rose."], "answer": 0},
+     Item("x", "The grass was wet because", (" it rained.", " the sun rose."), 0, per_byte=True)),
+    ({"context": "It rained.", "question": "effect", "choices": ["The grass was wet."] * 2, "answer": 1},
+     Item("x", "It rained so", (" the grass was wet.",) * 2, 1, per_byte=True)),
+    ({"ctx": "A man", "endings": ["sits.", "flies."], "label": "0", "ind": 4}, Item("x", "A man", (" sits.", " flies."), 0, per_byte=True)),
+    ({"query": "Q: Who?", "choices": ["I", "you"], "gold": 1}, Item("x", "Q: Who?", (" I", " you"), 1, per_byte=True)),
+    ({"context_options": ["The cat", "The dog"], "continuation": "barks", "gold": 1}, Item("x", ("The cat", "The dog"), (" barks",) * 2, 1)),
+    ({"context": "I look at the clear ", "continuation": "signs"}, Item("x", "I look at the clear", (" signs",), 0)),
+    ({"context": "I look at the clear", "target": "signs"}, Item("x", "I look at the clear", (" signs",), 0)),
     ({"context": "Fill ____ in.", "choices": ["a", "b"], "answer": 0}, Item("x", "Fill ____ in.", (" a", " b"), 0, per_byte=True)),
     ({"context": "I look at the clear", "choices": ["signs"], "answer": 0}, Item("x", "I look at the clear", (" signs",), 0, per_byte=True)),
 ])
@@ -47,9 +58,50 @@ def test_a_bad_file_is_one_line(tmp_path, text):
     assert "\n" not in str(e.value)
 
 
+def test_core_tasks_come_from_the_bundle_with_their_own_delimiter(tmp_path):
+    write(tmp_path / "eval_data/world/jeopardy_all.jsonl", {"context": "CITIES: It has a tower ", "continuation": "Paris"})
+    write(tmp_path / "eval_data/squad.jsonl", {"context": "x", "continuation": "y"})
+    (tmp_path / "core.yaml").write_text(
+        "icl_tasks:\n- {label: jeopardy, dataset_uri: world/jeopardy_all.jsonl, num_fewshot: [10], icl_task_type: language_modeling, "
+        "continuation_delimiter: \"\\nAnswer: \"}\n- {label: squad, dataset_uri: squad.jsonl, num_fewshot: [10], icl_task_type: language_modeling}\n")
+    assert exam.core(tmp_path, "facts", 9) == [Item("jeopardy_all", "CITIES: It has a tower", ("\nAnswer: Paris",), 0)]
+    assert exam.core(tmp_path, "floor", 9) == exam.core(tmp_path, "questions", 9) == exam.core(tmp_path / "none", "facts", 9) == []
+
+
+TOWNS = ["Rome", "Oslo", "Bern", "Kyiv", "Lima", "Cairo"]
+FACTS = [f"Here is a list. The best known town of the {i}th country is, as everyone will have heard, {town}. It is large.\n"
+         f"They say so. The very first stone of its oldest tower was laid by the mayor in {1900 + i}. The End was near."
+         for i, town in enumerate(TOWNS)]
+
+
+def test_cloze_questions_are_ends_of_training_sentences_against_three_of_their_kind():
+    items = exam.cloze(FACTS, 99)
+    assert len(items) == 12 and exam.cloze(FACTS, 99) == items and exam.cloze(FACTS, 4) == [i for i in items if i in exam.cloze(FACTS, 4)]
+    for item in items:
+        answer, text = item.choices[item.gold], " ".join(" ".join(FACTS).split())
+        assert f"{item.context}{answer}. " in text and len(set(item.choices)) == 4 and item.per_byte
+        assert {choice.strip().isdigit() for choice in item.choices} == {answer.strip().isdigit()}
+    assert len({item.gold for item in items}) == 4
+    assert exam.cloze(FACTS[:3], 99) == [], "three others are needed"
+    assert not any("Rome" in str(item) for item in exam.cloze([*FACTS, "a rome of one's own"], 99)), "a word that is also written small is no name"
+
+
+def test_cloze_questions_never_come_from_the_held_out_shard(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from nanochat import dataset
+    monkeypatch.setattr(dataset, "DATA_DIR", str(tmp_path / "shards"))
+    (tmp_path / "shards").mkdir()
+    for name, text in (("shard_0", "first"), ("shard_1", "second"), ("shard_2", "held out")):
+        pq.write_table(pa.table({"text": [text]}), tmp_path / "shards" / f"{name}.parquet")
+    assert list(exam.training_texts(tmp_path)) == ["first", "second"]
+    monkeypatch.setattr(exam, "CLOZE_DOCS", 1)
+    assert list(exam.training_texts(tmp_path)) == ["first"]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the folder of evaluation sets beside the checkout")
 def test_the_evaluation_sets_at_hand_are_read():
-    for path in {*SHARED.glob("eval/*.jsonl"), *SHARED.glob("medical_qa/*.jsonl")} - {SHARED / "eval/lambada.jsonl"}:
+    for path in {*SHARED.glob("eval/*.jsonl"), *SHARED.glob("medical_qa/*.jsonl")}:
         items = exam.read(path, limit=50)
         assert len(items) == 50 and all(0 <= i.gold < len(i.choices) and all(map(str.strip, i.choices)) for i in items), path
 
@@ -66,10 +118,12 @@ def test_files_in_the_folders_of_the_base_directory_are_asked_beside_all_the_res
         asked = exam.Exam(tmp_path / "corpora/toy", get_tokenizer(), get_token_bytes(), toy_phase_a.T, rows=4, docs=2, probe_items=4)
         before, paused = [layer.mlp.usage.clone() for layer in model.transformer.h], []
         scores = asked.scores(model, lambda: paused.append(1))
+        light = asked.scores(model, lambda: None, full=False)
     assert {key: list(scores[key]) for key in ("facts", "questions")} == {"facts": ["capitals"], "questions": []}
     assert scores["facts"]["capitals"]["chance"] == pytest.approx(1 / 3) and len(scores["facts"]["capitals"]["items"]) == 4
     assert [len(panels[split].sequences) for panels in (asked.domain, asked.general) for split in ("val", "test")] == [3, 6, 6, 6]
     assert {"pairs", "negation"} <= set(scores["floor"]) and 0 <= scores["plasticity"]["dormant_0.025"] <= 1
     assert all(torch.equal(layer.mlp.usage, b) for layer, b in zip(model.transformer.h, before)), "scoring counted as training"
-    assert paused
+    assert paused and "pairs" not in light["floor"] and not {"facts", "questions", "plasticity"} & {*light}
+    assert all(light["floor"][kind] == scores["floor"][kind] for kind in light["floor"]) and light["domain"] == scores["domain"]
     json.dumps(scores, allow_nan=False)

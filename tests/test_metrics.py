@@ -52,6 +52,11 @@ def test_the_stability_gap_has_a_depth_and_a_width(scores, expected):
     assert metrics.stability_gap(np.arange(len(scores)) * 100, np.array(scores)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("target, at", [(-2.0, 0), (-1.5, 0.5), (-1.0, 1.0), (-0.6, 2.4), (0.1, math.nan)])
+def test_a_target_is_reached_between_two_milestones(target, at):
+    assert metrics.reached(np.array([-2.0, -1.0, -1.0, 0.0]), target) == pytest.approx(at, nan_ok=True)
+
+
 def asked(facts: np.ndarray, floor: np.ndarray) -> dict:
     """A record's groups of probes, with these bpb of the items' right choices; two probes in each."""
     group = lambda bpb: {name: {"items": [[float(x), 1] for x in part]} for name, part in zip("pq", np.array_split(bpb, 2))}
@@ -61,12 +66,15 @@ def asked(facts: np.ndarray, floor: np.ndarray) -> dict:
 def test_selectivity_is_facts_lost_over_floor_lost_with_an_interval_that_holds_it():
     r = np.random.default_rng(0)
     facts, floor, start = r.normal(0.4, 0.1, 200), r.normal(0.1, 0.1, 200), r.uniform(1, 3, 200)
-    ratio, low, high = metrics.selectivity(asked(start, start), asked(start + facts, start + floor)).values()
+    rows = [asked(start, start), asked(start + facts, start + floor)]
+    np.testing.assert_allclose(metrics.lost(rows, 1, "facts"), facts)
+    np.testing.assert_allclose(metrics.lost(rows, 0.25, "floor"), floor / 4)
+    ratio, low, high = metrics.selectivity(facts, floor).values()
     assert ratio == pytest.approx(facts.mean() / floor.mean()) and low < ratio < high
     # the delta method's 95 % interval, an independent formula
     error = ratio * math.hypot(facts.std() / facts.mean(), floor.std() / floor.mean()) / math.sqrt(200)
     assert (ratio - low, high - ratio) == pytest.approx((1.96 * error, 1.96 * error), rel=0.3)
-    same = lambda facts, floor: tuple(metrics.selectivity(asked(*np.zeros((2, 9))), asked(np.full(9, facts), np.full(9, floor))).values())
+    same = lambda facts, floor: tuple(metrics.selectivity(np.full(9, facts), np.full(9, floor)).values())
     assert same(0.4, 0.1) == pytest.approx((4.0, 4.0, 4.0)) and same(-0.4, 0.1) == (0.0,) * 3 and same(0.4, -0.1) == (math.inf,) * 3
 
 
@@ -89,6 +97,38 @@ def test_the_effective_rank_of_known_spectra():
     assert metrics.effective_rank(np.zeros(3)) == 0
 
 
+def test_the_stable_rank_of_known_spectra():
+    assert metrics.stable_rank(np.array([1.0, 96.0, 3.0])) == 2         # 96 % are not enough, 99 % are
+    assert metrics.stable_rank(np.array([96.0, 2.5, 1.5])) == 3
+    assert metrics.stable_rank(np.array([5.0, 0.0])) == 1 and metrics.stable_rank(np.zeros(3)) == 0
+
+
+def test_change_is_the_distance_over_the_norm_for_each_group_of_weights():
+    named = lambda attn, fc, wte, scalar: {"transformer.h.0.attn.c_q.weight": attn, "transformer.h.0.mlp.c_fc.weight": fc,
+                                           "transformer.h.1.mlp.c_fc.weight": fc, "transformer.wte.weight": wte, "resid_lambdas": scalar}
+    tensor = lambda *x: torch.tensor(x)
+    found = metrics.change(named(tensor(3.0, 4.0), tensor(1.0, 0.0), tensor(2.0), tensor(2.0)),
+                           named(tensor(3.0, 1.0), tensor(1.0, 1.0), tensor(2.0), tensor(1.0)))
+    assert found == pytest.approx({"attn": 3 / 5, "mlp": math.sqrt(2 / 2), "wte": 0.0, "scalars": 0.5})
+
+
+def test_a_block_has_moved_when_one_bit_of_either_matrix_has():
+    make = lambda: {f"transformer.h.{i}.mlp.{m}.weight": torch.ones(5, 2, 3) for i in range(2) for m in ("c_fc", "c_proj")}
+    before, after = make(), make()
+    assert metrics.unmoved(before, after, shared=1) == 1
+    after["transformer.h.0.mlp.c_fc.weight"][0] = 7                     # shared
+    after["transformer.h.0.mlp.c_fc.weight"][1, 1, 1] += 1e-6
+    after["transformer.h.0.mlp.c_proj.weight"][1] = 7                   # the same one
+    after["transformer.h.1.mlp.c_proj.weight"][4, 0, 0] += 1e-6
+    assert metrics.unmoved(before, after, shared=1) == 6 / 8
+
+
+def test_the_share_of_the_light_tier_is_its_time_over_the_training_between():
+    row = lambda arm, tier, train_s, eval_s: dict(arm=arm, tier=tier, train_s=train_s, eval_s=eval_s)
+    records = [row("a", "full", 0, 9), row("b", "full", 0, 9), row("a", "light", 10, 10), row("b", "light", 10, 14), row("a", "full", 20, 50)]
+    assert metrics.light_share(records) == (1 + 5) / (10 + 10) and metrics.light_share(records[:2]) == 0
+
+
 def inputs() -> torch.Tensor:
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 300, (4, 32)))
     x[:, 0] = BOS
@@ -98,17 +138,17 @@ def inputs() -> torch.Tensor:
 def test_the_panel_catches_zeroed_units_and_a_collapsed_stream():
     model, x = tiny_gpt(), inputs()
     healthy = metrics.plasticity(model, x)
-    assert healthy["dormant_0.0"] < 0.02 and healthy["effective_rank"] > 8, healthy
+    assert healthy["dormant_0.0"] < 0.02 and healthy["inactive"] < 0.1 and healthy["effective_rank"] > 8 < healthy["stable_rank"], healthy
     with torch.no_grad():
         for layer in model.transformer.h:
             layer.mlp.c_fc.weight[:64] = 0              # half of the 128 units
     dead = metrics.plasticity(model, x)
-    assert dead["dormant_0.0"] >= 0.5 and dead["mean_abs_weight"] < healthy["mean_abs_weight"], dead
+    assert dead["dormant_0.0"] >= 0.5 <= dead["inactive"] and dead["mean_abs_weight"] < healthy["mean_abs_weight"], dead
     with torch.no_grad():                               # every token looks the same, so the stream has one direction a position at most
         for table in (model.transformer.wte, *model.value_embeds.values()):
             table.weight[:] = table.weight[0].clone()
     collapsed = metrics.plasticity(model, x)
-    assert collapsed["effective_rank"] < 1.5, (healthy, collapsed)
+    assert collapsed["effective_rank"] < 1.5 and collapsed["stable_rank"] <= 2, (healthy, collapsed)
 
 
 def test_the_panel_measures_what_the_mlp_puts_out_and_leaves_no_hook():
@@ -156,10 +196,6 @@ def test_the_metrics_of_a_run_follow_from_its_first_visits():
     assert found["min_acc"] == pytest.approx((-1.6 - 1.3) / 2)
     assert found["wc_acc"] == pytest.approx(-1.1 / 3 + 2 / 3 * found["min_acc"])
     assert (found["gap_depth_bpb"], found["gap_width_tokens"]) == (0, 0)
-    assert "selectivity" not in found
-    one = np.ones(4)
-    rows = [{**row, **asked(one + milestone, one + milestone / 2)} for milestone, row in enumerate(RECORDS)]
-    assert metrics.continual(rows, "cl")["selectivity"] == pytest.approx(2)
 
 
 def test_two_first_visits_within_one_milestone_share_its_row_and_one_sub_domain_gives_nothing():

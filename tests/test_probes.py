@@ -54,7 +54,7 @@ def test_who_does_not_read_the_context_is_right_on_half_of_the_items(kind):
         assert accuracy(OF[kind], cost) == 0.5
 
 
-NONCE = ("transitivity", "syllogism", "if_then", "negation", "copying", "induction", "brackets")
+NONCE = ("membership", "transitivity", "syllogism", "if_then", "negation", "copying", "induction", "brackets")
 
 
 @pytest.mark.parametrize("kind", NONCE)
@@ -67,7 +67,7 @@ def test_which_choice_was_mentioned_first_last_or_most_often_gives_nothing_away(
         assert 0.38 < share < 0.62, f"{kind}: the choice mentioned {name} is right in {share:.0%}"
 
 
-@pytest.mark.parametrize("kind", sorted(set(NONCE) - {"brackets"}))
+@pytest.mark.parametrize("kind", sorted(set(NONCE) - {"brackets", "membership"}))
 def test_inference_choices_are_equally_long_and_both_stand_in_the_context(kind):
     for item in OF[kind]:
         assert len(item.choices[0]) == len(item.choices[1])
@@ -94,6 +94,12 @@ def solve(item: Item) -> str:
         case "order":
             return next(c for c in item.choices if c.split()[0] == "the" and c.split()[4] == "the" and c.split()[3] in probes.VERBS
                         and c.split()[1] in probes.ADJECTIVES)
+        case "determiner":
+            singular = words[2] in ("this", "that", "one", "every")
+            return [c for c in item.choices if (c in (" man", " woman", " child", " boy", " girl", " king")) == singular]
+        case "membership":
+            holds = {s.split(" box holds ")[0].split()[1]: s.split(" box holds ")[1].split(" and ") for s in text.split(". ")[:-1]}
+            return next(f" {box} box" for box, things in holds.items() if after("So") in things)
         case "transitivity":
             more = {"taller": 1, "older": 1, "faster": 1, "shorter": -1, "younger": -1, "slower": -1}
             beats = set()
@@ -177,6 +183,43 @@ def test_scores_are_those_of_one_choice_at_a_time():
         assert found["gold_bpb"] == pytest.approx(np.mean(bpb), rel=1e-4) and found["chance"] == 0.5
         assert found["accuracy"] == np.mean([c for _, c in found["items"]])
     json.dumps(result, allow_nan=False)
+
+
+class Fixed(torch.nn.Module):
+    """A model of five tokens that gives the same logits at every position."""
+    config = type("Config", (), {"sequence_len": 8})
+    logits = torch.tensor([0.0, 4.0, 2.0, 1.0, 0.0]).log_softmax(-1)
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def forward(self, x, y=None, loss_reduction="mean"):
+        logits = self.logits.expand(*x.shape, 5)
+        return logits if y is None else torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
+
+
+class Letters:
+    """A tokenizer: BOS is 0, and a to d are 1 to 4."""
+    def get_bos_token_id(self):
+        return 0
+
+    def encode(self, texts):
+        return [["_abcd".index(letter) for letter in text] for text in texts]
+
+
+def test_each_kind_of_item_is_scored_as_computed_by_hand():
+    """log-probabilities of a, b, c, d are 4, 2, 1, 0 less one constant z."""
+    z, nats = math.log(math.exp(0) + math.exp(4) + math.exp(2) + math.exp(1) + math.exp(0)), dict(a=4, b=2, c=1, d=0)
+    cost = lambda text: sum(z - nats[letter] for letter in text)
+    items = [Item("total", "d", ("b", "aab"), 0), Item("per byte", "d", ("b", "aab"), 1, per_byte=True), Item("pair", "", ("db", "ba"), 1),
+             Item("contexts", ("a", "dd"), ("b", "b"), 1), Item("greedy", "d", ("aa",), 0), Item("greedy", "d", ("ab",), 0)]
+    found = probes.score_probes(Fixed(), Letters(), torch.tensor([0, 1, 1, 1, 1]), items, rows=2)
+    for name, accuracy, chance, gold in (("total", 1, .5, "b"), ("per byte", 1, .5, "aab"), ("pair", 1, .5, "ba"), ("contexts", 0, .5, "b")):
+        assert (found[name]["accuracy"], found[name]["chance"]) == (accuracy, chance), name  # of equal contexts the first one wins
+        assert found[name]["gold_bpb"] == pytest.approx(cost(gold) / len(gold) / math.log(2)), name
+    assert cost("aab") / 3 < cost("b") < cost("aab"), "per byte and in total the choices differ"
+    assert found["greedy"]["items"] == [[pytest.approx(cost("aa") / 2 / math.log(2)), 1], [pytest.approx(cost("ab") / 2 / math.log(2)), 0]]
+    assert (found["greedy"]["accuracy"], found["greedy"]["chance"]) == (0.5, 0)
 
 
 def test_a_random_model_is_at_chance():

@@ -2,11 +2,12 @@ import json
 import re
 from html import unescape
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import synthetic
-from nanochat_cl import crossover, report
+from nanochat_cl import crossover, figures, report
 
 CONFIG = dict(argv=["python", "-m", "nanochat_cl.evolve", "--arms", "dense,cl"], profile="cpu", seed=42, commit="0123abc",
               arms=dict(dense=dict(cl=None, depth=4), cl=dict(cl=dict(blocks=16), depth=4)))
@@ -29,9 +30,9 @@ def bare(tmp_path_factory):
     for seed in (1, 2):
         rows = synthetic.records(seeds=(seed,), milestones=5)
         for r in rows:
-            for key in ("blocks", "floor", "recall", "constant_share", "lr_mult", "train_s", "eval_s", "checkpoint_s", "flops",
-                        "subdomain"):
-                del r[key]
+            for key in ("blocks", "floor", "facts", "plasticity", "update_ratio", "tier", "recall", "constant_share", "lr_mult", "train_s",
+                        "update_s", "data_s", "eval_s", "checkpoint_s", "flops", "mfu", "peak_memory_bytes", "subdomain"):
+                r.pop(key, None)
         folders.append(synthetic.write(tmp_path_factory.mktemp("bare") / f"run{seed}", rows))
     report.main(list(map(str, folders)))
     assert not (folders[1] / "report.html").exists()
@@ -66,7 +67,7 @@ def test_ids_are_unique_and_every_reference_finds_its_target(full):
 def test_the_axis_switches_between_three_figures(full):
     for name in ("tokens", "flops", "time"):
         assert f"<figure class='{name}'>" in full[1] and f"#{name}:checked~.{name}" in full[1]
-    assert full[1].count("<svg") == 6
+    assert full[1].count("<svg") == 7
 
 
 def test_pictures_and_result_are_written(full):
@@ -77,6 +78,7 @@ def test_pictures_and_result_are_written(full):
     assert result["verdict"] == "INCONCLUSIVE" and result["certificate"]["parts"]["gap"]["state"] == "pass"
     assert result["ledger"]["cl/default"]["params_active"] == 840_000 and result["ledger"]["dense/default"]["tokens"] == 1_048_576
     assert result["ledger"]["dense/default"]["overhead_frac"] == pytest.approx(16.8 / 88.8)
+    assert result["ledger"]["dense/default"]["light_eval_frac"] == pytest.approx(2 / 9)
     assert all({"bwt", "domain bpb, test"} <= set(run) for run in result["ledger"].values())
 
 
@@ -101,9 +103,53 @@ def test_one_arm_alone_has_its_curves_and_costs_and_no_verdict(tmp_path):
     folder = synthetic.write(tmp_path / "run", rows, config=CONFIG, samples=SAMPLES)
     result, page = report.report([str(folder)]), (folder / "report.html").read_text()
     assert result["verdict"] is result["certificate"] is None and list(result["ledger"]) == ["dense/default"]
-    assert "one arm: nothing to compare" in page and page.count("<svg") == 5 and "hypothesis" not in page
+    assert "one arm: nothing to compare" in page and page.count("<svg") == 6 and "hypothesis" not in page
     assert {p.name for p in folder.iterdir()} == {"records.jsonl", "config.json", "samples.json", "result.json", "report.html",
                                                   "crossover.png", "floor.png", "matrix.png"}
+
+
+def test_what_is_lost_at_equal_domain_score_is_read_off_the_curves_between_milestones():
+    rows = synthetic.records(milestones=5, sd=0.0, gap=lambda t: -0.2)     # cl never comes to dense's end, so its own best is the target
+    c = crossover.curves(rows)
+    dense, cl = report.at_equal_score(c, [0, 1])
+    val = c.val[:, 0]
+    assert val[1].max() == val[1, -1] and cl[1] == f"{c.tokens[-1] / 1e6:.4f}" and cl[2] == f"{c.general[1, 0, 0] - c.general[1, 0, -1]:.4f}"
+    k = next(m for m in range(5) if val[0, m] >= val[1, -1])
+    at = k - (val[0, k] - val[1, -1]) / (val[0, k] - val[0, k - 1])
+    assert float(dense[1]) == pytest.approx(np.interp(at, range(5), c.tokens) / 1e6, abs=1e-4) and k - 1 < at < k <= 3
+    assert float(dense[2]) == pytest.approx(np.interp(at, range(5), c.general[0, 0, 0] - c.general[0, 0]), abs=1e-4)
+    # facts were asked at 0, 1, 2, 4: between the two around the target, along the straight line of the scores
+    low, high = max(m for m in (0, 1, 2, 4) if m < k), min(m for m in (0, 1, 2, 4) if m >= k)
+    share = (val[1, -1] - val[0, low]) / (val[0, high] - val[0, low])
+    facts = [r["facts"]["cloze"]["gold_bpb"] for r in c.at["dense", "default", 42] if "facts" in r]
+    ends = [facts[[0, 1, 2, 4].index(m)] - facts[0] for m in (low, high)]
+    assert float(dense[3]) == pytest.approx(ends[0] + share * (ends[1] - ends[0]), abs=1e-4)
+    ratio, low, high = map(float, re.findall(r"[\d.]+", dense[5]))
+    assert ratio == pytest.approx(float(dense[3]) / float(dense[4]), abs=0.01) and low < ratio < high
+    ends = {("dense", "default"): (1.0, lambda t: 0.0, .2), ("cl", "default"): (1.0, lambda t: 0.02, .2), ("cl", "lr_mult=0.1"): (.1, lambda t: -.3, .1)}
+    assert report.at_equal_score(crossover.curves(synthetic.records(ends, milestones=5)), [0, 1])[2][1] == "not reached"
+
+
+def test_the_front_and_the_optimum_of_the_sweep_are_drawn():
+    arms = {("dense", f"lr_mult={lr}"): (lr, lambda t, best=best: best * t, lost) for lr, best, lost in ((.1, -.05, .1), (.2, 0.0, .2), (.5, -.03, .3))}
+    c = crossover.curves(synthetic.records(arms | {("cl", "default"): (1.0, lambda t: -.1, .4)}, milestones=5))
+    pareto, sweep = figures.recipes(c, [1, 3]).axes
+    line = next(line for line in pareto.lines if line.get_label() == "front")
+    x, y = line.get_xdata(), line.get_ydata()
+    assert list(x) == sorted(x, reverse=True) and list(y) == sorted(y, reverse=True), "who learns less must forget less"
+    points = [(gain, lost) for a, b in zip((c.test - c.test[..., :1]).mean(1), (c.general[..., :1] - c.general).mean(1)) for gain, lost in zip(a, b)]
+    assert all(any(fx >= gain and fy <= lost for fx, fy in zip(x, y)) for gain, lost in points), "nothing is beyond the front"
+    (ring,) = [line for line in sweep.lines if line.get_markersize() > 10]
+    assert ring.get_xdata() == [0.2] and ring.get_ydata() == [-c.val[1].max()] and sweep.get_xscale() == "log"
+    assert "not swept" in figures.recipes(crossover.curves(synthetic.records(milestones=3)), [0, 1]).axes[1].get_title()
+
+
+def test_probes_have_bpb_first_and_centred_accuracy(full):
+    folder, page = full
+    last = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()][-1]
+    cloze = last["facts"]["cloze"]
+    cell = f"{cloze['gold_bpb']:.3f}, {(cloze['accuracy'] - .25) / .75:+.0%}".replace("-", figures.MINUS)
+    assert last["arm"] == "cl" and f"<td>facts: cloze</td><td>25%</td>" in page and f"<td>{cell}</td></tr>" in page
 
 
 def test_recipes_and_controls_share_one_ledger():

@@ -1,0 +1,30 @@
+"""
+Any script of the nanochat tree under the patches, so that it takes the checkpoints of all arms.
+
+python -m nanochat_cl.script scripts.base_eval --eval sample --model-tag d4_cl_s42
+"""
+import argparse
+import runpy
+import sys
+
+from nanochat_cl import command, patching, upstream
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nanochat_cl.script", description="Run a script of the nanochat tree under the patches")
+    parser.add_argument("script", help="scripts.base_eval, for instance")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if not (path := upstream.tree() / f"{args.script.replace('.', '/')}.py").is_file():
+        raise command.UserError(f"expected a script such as scripts.base_eval, got {args.script}; there is no {path}")
+    sys.argv = [args.script, *args.flags]
+    with patching.applied():
+        runpy.run_module(args.script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    command.run(main)
