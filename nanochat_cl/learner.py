@@ -4,6 +4,7 @@ One arm as it learns in Phase B: a Phase A checkpoint, its optimizer begun anew 
 B rows, T positions, L layers, R routed blocks.
 """
 import math
+import resource
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from nanochat import checkpoint_manager, common, gpt
 
-from nanochat_cl import accounting, arms, files, machine, plasticity, recipes, routing, runs
+from nanochat_cl import accounting, arms, files, growth, isolation, lora, machine, metrics, plasticity, recipes, routing, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.recall import Recall
 
@@ -32,15 +33,21 @@ class PhaseA:
     step: int
     meta: dict[str, Any]    # as nanochat's base_train writes it
     result: dict[str, Any]  # phase_a.json; tokens and flops alone for a checkpoint that nanochat itself made
+    seq_len: int = 0        # context of Phase B; 0: Phase A's
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.meta["model_config"]
+        config = self.meta["model_config"]
+        return {**config, "sequence_len": self.seq_len or config["sequence_len"]}
 
     @property
     def cost(self) -> dict[str, float]:
-        counts, flops = accounting.params(self.config), accounting.flops_per_token(self.config)
-        return {"params_total": counts["total"], "params_active": counts["active"], "flops_per_token": flops}
+        return cost(self.config)
+
+
+def cost(config: Any) -> dict[str, float]:
+    counts = accounting.params(config)
+    return {"params_total": counts["total"], "params_active": counts["active"], "flops_per_token": accounting.flops_per_token(config)}
 
 
 def find(arm: str, tag: str, remedy: str) -> PhaseA:
@@ -58,19 +65,35 @@ def find(arm: str, tag: str, remedy: str) -> PhaseA:
     return PhaseA(arm, place, step, meta, {"tokens": tokens, "flops": tokens * accounting.flops_per_token(meta["model_config"]), **result})
 
 
+def load_of(device: torch.device, flops_per_s: float) -> dict[str, float | None]:
+    """Peak memory in bytes, of a GPU by tensors, of a CPU by this process; share of a GPU's bfloat16 peak that active FLOPs reach."""
+    if device.type != "cuda":
+        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "mfu": None}
+    peak = common.get_peak_flops(torch.cuda.get_device_name()) * runs.ranks()[1]  # infinite for a GPU that nanochat doesn't know
+    return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "mfu": flops_per_s / peak if peak < math.inf else None}
+
+
 class Learner:
     """Model, optimizer, recall and counters of one arm: `step` changes them, `state_dict` holds all of them."""
 
-    COUNTERS = ("losses", "train_s", "eval_s", "count", "loss_sum", "idle_sum", "begun_s", "used")
+    COUNTERS = ("losses", "train_s", "update_s", "update_ratio", "eval_s", "flops", "count", "loss_sum", "idle_sum", "covered", "begun_s",
+                "used", "audited")
 
-    def __init__(self, phase_a: PhaseA, recipe: recipes.Recipe, batch_tokens: int, device: torch.device, seed: int):
+    def __init__(self, phase_a: PhaseA, recipe: recipes.Recipe, batch_tokens: int, device: torch.device, seed: int, audit: bool = False):
         self.name, self.recipe, self.phase_a, self.device = phase_a.arm, recipe, phase_a, device
         place, meta, (rank, world_size) = phase_a.place, phase_a.meta, runs.ranks()
         load, shards = recipe.optimizer == "load", len(list(place.glob(f"optim_{phase_a.step:06d}_rank*.pt")))
         if load and shards != world_size:
             raise UserError(f"{place} has optimizer state of {shards} ranks, this run has {world_size}; use as many, or --optimizer reset")
+        growth.check(recipe.release, recipe.newcomers)
+        if audit and world_size > 1:
+            raise UserError(f"--audit looks at whole gradients, and a rank has its share of them: expected one rank, got {world_size}")
         with torch.device("meta"):
             self.model = gpt.GPT(gpt.GPTConfig(**phase_a.config))
+        # Windows as long as the context grow with it, short ones stay as they were.
+        before = self.model._compute_window_sizes(gpt.GPTConfig(**meta["model_config"]))
+        whole = (meta["model_config"]["sequence_len"], phase_a.config["sequence_len"])
+        self.model.window_sizes = [new if (old[0], new[0]) == whole else old for old, new in zip(before, self.model.window_sizes)]
         self.model.to_empty(device=device)
         self.model.init_weights()
         try:
@@ -83,8 +106,11 @@ class Learner:
         self.optimizer = self.model.setup_optimizer(**recipes.phase_a_lrs(meta["user_config"], meta["total_batch_size"]), weight_decay=0.0)
         if load:
             self.optimizer.load_state_dict(optimizer_data)
+        arm, self.audited = arms.named(self.name), {"blocks": 0, "rows": 0} if audit else None
+        if arm.lora:
+            self.optimizer = lora.adapt(self.model, arm.lora, seed)
         recipes.begin(self.optimizer, recipe, meta["total_batch_size"], batch_tokens)
-        if arms.named(self.name).rows:
+        if arm.rows:
             plasticity.mark_rows(self.model, self.optimizer)
         self.sparse = phase_a.config.get("cl") is not None
         rule = plasticity.parse(recipe.plasticity)  # a budget of blocks means nothing to a dense model
@@ -93,16 +119,19 @@ class Learner:
         self.compiled = torch.compile(self.model, dynamic=False)
         self.recall = Recall(PASSAGES, seed)
         self.losses: list[float] = []  # of the last steps
-        self.train_s = self.eval_s = 0.0
+        self.train_s = self.update_s = self.eval_s = self.flops = 0.0
+        self.update_ratio: dict[str, float] | None = None  # of the last step before a milestone
         self.since_milestone()
 
     def since_milestone(self) -> None:
         """Start the counters of the next milestone."""
-        self.count, self.loss_sum, self.idle_sum, self.begun_s = 0, 0.0, 0.0, self.train_s
-        self.used = torch.zeros_like(routing.usage(self.model)) if self.sparse else None  # (L, R) tokens that each block served
+        self.count, self.loss_sum, self.begun_s = 0, 0.0, self.train_s
+        kinds = routing.usage(self.model) if self.sparse else []
+        self.used = [torch.zeros_like(kind) for kind in kinds]  # for each kind of part (L, R) tokens that each block served
+        self.idle_sum, self.covered = [0.0] * len(kinds), torch.zeros(2)
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, rows: int, step: int, steps: int) -> None:
-        """One optimizer step on this rank's part of the batch, inputs and targets (B, T), `rows` at a time."""
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, rows: int, step: int, steps: int, measured: bool = False) -> None:
+        """One optimizer step on this rank's part of the batch, inputs and targets (B, T), `rows` at a time; measured: its update_ratio."""
         start = time.perf_counter()
         self.model.train()
         if self.sparse:
@@ -115,21 +144,45 @@ class Learner:
                 loss.backward()
                 total += loss.detach()
         if self.sparse:
-            used = runs.over_ranks(routing.usage(self.model), "sum")
+            used = [runs.over_ranks(kind, "sum") for kind in routing.usage(self.model)]
             self.plastic(used)
-            self.used, self.idle_sum = self.used + used, self.idle_sum + self._idle_share()
+            self.used, self.idle_sum = ([a + b for a, b in zip(*pair)] for pair in ((self.used, used), (self.idle_sum, self._idle_shares())))
+            here = torch.stack([mask.float().mean() for mask in routing.coverage(inputs, self.model.config.cl)])
+            self.covered = self.covered + runs.over_ranks(here, "sum").cpu() / runs.ranks()[1]
+        loss = runs.over_ranks(total, "sum").item() / runs.ranks()[1]  # waits for the device, so the times are true
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()} if measured else {}
+        begun = time.perf_counter()
         recipes.set_step(self.optimizer, step, steps, self.recipe)
-        self.optimizer.step()
+        if self.audited is None:
+            self.optimizer.step()
+        else:
+            self.audited = {key: self.audited[key] + now for key, now in isolation.audited_step(self.optimizer).items()}
+        self.flops += accounting.flops_per_token(self.model.config) * inputs.numel() * runs.ranks()[1]
         self.model.zero_grad(set_to_none=True)
-        loss = runs.over_ranks(total, "sum").item() / runs.ranks()[1]  # waits for the device, so the time is true
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.update_s += time.perf_counter() - begun
+        if measured:
+            self.update_ratio = metrics.change(before, dict(self.model.named_parameters()))
         self.losses = [*self.losses, loss][-MEMORY_STEPS:]
         self.count, self.loss_sum, self.train_s = self.count + 1, self.loss_sum + loss, self.train_s + time.perf_counter() - start
 
-    def _idle_share(self) -> float:
-        """Share of the (layer, routed block) pairs that this step leaves as they are, since no rank has a gradient for them."""
-        mlps = [block.mlp for block in self.model.transformer.h]
-        learned = torch.stack([mlp.c_fc.weight.grad[mlp.shared:].flatten(1).any(1) for mlp in mlps]).float()
-        return plasticity.idle_share(runs.over_ranks(learned, "max")) if self.phase_a.config["cl"]["isolate"] else 0.0
+    def drift(self) -> tuple[dict[str, float], float | None]:
+        """How far the weights are from Phase A's, by group, and the share of routed blocks that have not moved by one bit since then."""
+        path, now = self.phase_a.place / f"model_{self.phase_a.step:06d}.pt", lora.merged(self.model, dict(self.model.named_parameters()))
+        then = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return metrics.change(then, now), metrics.unmoved(then, now, self.phase_a.config["cl"]["shared"]) if self.sparse else None
+
+    def grow(self, milestone: int, next_inputs: torch.Tensor) -> None:
+        """Release what is due of a reserve."""
+        growth.grow(self.model, self.recipe.release, self.recipe.newcomers, milestone, next_inputs.to(self.device))
+
+    def _idle_shares(self) -> list[float]:
+        """For each kind of part, the share of (layer, block) pairs that this step leaves as they are: no rank has a gradient for them."""
+        grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:]
+        learned = [torch.stack([grad(part).flatten(1).any(1) for part in kind]).float() for kind in routing.parts(self.model)]
+        isolated = self.phase_a.config["cl"]["isolate"]
+        return [plasticity.idle_share(runs.over_ranks(kind, "max")) if isolated else 0.0 for kind in learned]
 
     def trouble(self) -> str | None:
         """What is wrong with the last losses: not finite, or far above their running median."""
@@ -142,17 +195,23 @@ class Learner:
         return None
 
     def blocks(self) -> dict[str, Any] | None:
-        """Use of the blocks since the last milestone; None for a dense model, or before the first step."""
+        """
+        Use of the blocks since the last milestone, and under "heads" that of the heads where they are routed; shares of the trained tokens
+        that were served under the constant choice and that their own document routed. None for a dense model, or before the first step.
+        """
         if not self.sparse or not self.count:
             return None
-        return {"idle_share": self.idle_sum / self.count, "entropy": plasticity.entropy(self.used),
-                "use": (self.used / self.used.sum(1, keepdim=True)).tolist()}
+        each = [{"idle_share": idle / self.count, "entropy": plasticity.entropy(used), "use": (used / used.sum(1, keepdim=True)).tolist()}
+                for idle, used in zip(self.idle_sum, self.used)]
+        constant, own = (self.covered / self.count).tolist()
+        return {**each[0], "heads": each[1] if each[1:] else None, "released": self.model.config.cl["released"],
+                "constant_share": constant, "own_share": own, "audited": self.audited}
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state is each rank's own, the model rank 0's."""
         model = self.model.state_dict() if runs.ranks()[0] == 0 else {}
         return {"model": model, "optimizer": self.optimizer.state_dict(), "recall": self.recall.state_dict(),
-                **{key: getattr(self, key) for key in self.COUNTERS}}
+                "released": self.model.config.cl["released"] if self.sparse else 0, **{key: getattr(self, key) for key in self.COUNTERS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"], strict=runs.ranks()[0] == 0)
@@ -161,5 +220,7 @@ class Learner:
                 dist.broadcast(tensor, 0)
         self.optimizer.load_state_dict(state["optimizer"])
         self.recall.load_state_dict(state["recall"])
+        if self.sparse:
+            routing.release(self.model, state["released"])
         for key in self.COUNTERS:
             setattr(self, key, state[key])

@@ -6,7 +6,7 @@ nanochat's: the peak rate of a group is its `initial_lr`; a batch is counted in 
 """
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ from nanochat_cl.command import UserError
 
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which nanochat's learning-rate flags hold
 MUON_MOMENTUM = 0.95
-SCHEDULES = {"constant": lambda done: 1.0, "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done}
+OPTIMIZERS = ("load", "reset", "reset-lr0")
+SCHEDULES = {  # factor on the peak when a share `done` of the steps after the warm-up is done; `cool` is the share of the cool-down
+    "constant": lambda done, cool: 1.0,
+    "cosine": lambda done, cool: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done, cool: 1 - done,
+    "wsd": lambda done, cool: min(1.0, (1 - done) / max(cool, 1e-9))}  # warm-up, stable, decay (Hu et al. 2024)
 
 
 def option(default: Any, help: str) -> Any:
@@ -25,18 +30,24 @@ def option(default: Any, help: str) -> Any:
 @dataclass(frozen=True)
 class Recipe:
     lr_mult: float = option(1.0, "factor on Phase A's peak learning rates, after scaling by the root of the batch ratio")
-    lr_schedule: str = option("constant", "constant, or cosine or linear down to zero")
+    lr_schedule: str = option("constant", "constant, cosine or linear down to zero, or wsd: constant, then linear down to zero")
+    cooldown_frac: float = option(0.2, "wsd: share of the steps after the warm-up that cool down")
     warmup_steps: int = option(0, "steps of linear warm-up")
-    optimizer: str = option("load", "load Phase A's moments, or reset them")
+    optimizer: str = option("load", "load Phase A's moments, reset them, or reset-lr0: reset, and fill them at rate 0 during the warm-up")
     weight_decay: float = option(0.0, "of the Muon groups, constant; AdamW groups keep nanochat's constants")
     replay: float = option(0.0, "share of general text in every batch")
-    plasticity: str = option("all", "which weights may learn: all, frozen-shared[:factor] or budget:p")
+    plasticity: str = option("all", "which weights may learn: all, frozen-shared[:factor], budget:p, see nanochat_cl/plasticity.py")
+    release: str = option("all", "blocks of a reserve that may work in Phase B: all, none, or so many at each milestone")
+    newcomers: str = option("random", "how passages come to choose released blocks: random or passages, see nanochat_cl/growth.py")
 
     def __post_init__(self):
-        if self.lr_schedule not in SCHEDULES or self.optimizer not in ("load", "reset"):
-            raise UserError(f"expected --lr-schedule {', '.join(SCHEDULES)} and --optimizer load or reset, "
+        if self.lr_schedule not in SCHEDULES or self.optimizer not in OPTIMIZERS:
+            raise UserError(f"expected --lr-schedule {', '.join(SCHEDULES)} and --optimizer {', '.join(OPTIMIZERS)}, "
                             f"got {self.lr_schedule} and {self.optimizer}")
-        for name, most in (("lr_mult", math.inf), ("warmup_steps", math.inf), ("weight_decay", math.inf), ("replay", 0.99)):
+        if self.optimizer == "reset-lr0" and not self.warmup_steps:
+            raise UserError("--optimizer reset-lr0 fills the moments during the warm-up: expected --warmup-steps above 0 (20, say), got 0")
+        for name, most in (("lr_mult", math.inf), ("warmup_steps", math.inf), ("weight_decay", math.inf), ("replay", 0.99),
+                           ("cooldown_frac", 1)):
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"--{name.replace('_', '-')} must be between 0 and {most}, got {getattr(self, name)}")
 
@@ -46,11 +57,29 @@ class Recipe:
         return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default) or "default"
 
 
+def read(label: str) -> Recipe:
+    """The recipe of that `name`: "default", or option=value joined by commas; UserError on anything else."""
+    given = dict(part.partition("=")[::2] for part in label.split(",") if label != "default")
+    kinds = {f.name: type(f.default) for f in fields(Recipe)}
+    try:
+        return Recipe(**{name: kinds[name](value) for name, value in given.items()})
+    except (KeyError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"can't read the recipe {label!r} ({e}): expected default, or option=value joined by commas, the options being "
+                        f"{', '.join(kinds)}") from e
+
+
+def of_arm(recipe: Recipe, own: Mapping[str, Any]) -> Recipe:
+    """The recipe of an arm that has options of its `own`: they win, and its lr_mult is a factor on the run's."""
+    return replace(recipe, **{**own, "lr_mult": float(f"{recipe.lr_mult * own.get('lr_mult', 1.0):.12g}")})
+
+
 def multiplier(step: int, steps: int, recipe: Recipe) -> float:
-    """Factor on `initial_lr` at 0-based `step` of `steps`: a linear warm-up, then the schedule; above 0 at every step."""
+    """Factor on `initial_lr` at 0-based `step` of `steps`: a linear warm-up, then the schedule; above 0 but for reset-lr0's warm-up."""
     if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    return SCHEDULES[recipe.lr_schedule]((step - recipe.warmup_steps) / (steps - recipe.warmup_steps))
+        return 0.0 if recipe.optimizer == "reset-lr0" else (step + 1) / recipe.warmup_steps
+    return SCHEDULES[recipe.lr_schedule]((step - recipe.warmup_steps) / (steps - recipe.warmup_steps), recipe.cooldown_frac)
 
 
 def phase_a_lrs(user_config: Mapping[str, Any], batch_tokens: int) -> dict[str, float]:

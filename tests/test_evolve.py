@@ -1,7 +1,10 @@
 """Phase B on a toy base directory: what is trained, what is recorded, what is refused."""
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import toy_phase_a
 from nanochat_cl import accounting, evolve, files, patching, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.stream import Stream
+from nanochat_cl.upstream import REPO
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +141,65 @@ def test_loaded_and_reset_optimizers_begin_with_the_same_rates_and_different_mom
             assert load.optimizer.state and not reset.optimizer.state
 
 
-def test_frozen_shared_moves_only_the_mlps_and_a_budget_leaves_more_blocks_idle(base, both):
+def test_frozen_shared_moves_only_mlps_and_routed_heads_and_a_budget_leaves_more_blocks_idle(base, both):
     run(base, "frozen", "--plasticity", "frozen-shared:0", "--max-tokens", "512")
     for arm in ("dense", "cl"):
         start = torch.load(base / f"base_checkpoints/d2_{arm}_s42/model_000003.pt", weights_only=True)
-        moved = {k for k, v in last_state(base, "frozen")["arms"][arm]["model"].items() if not torch.equal(v, start[k])} - \
-            {f"transformer.h.{i}.mlp.usage" for i in range(2)}
-        assert moved == {f"transformer.h.{i}.mlp.{m}.weight" for i in range(2) for m in ("c_fc", "c_proj")}, arm
+        moved = {k: v != start[k] for k, v in last_state(base, "frozen")["arms"][arm]["model"].items() if not torch.equal(v, start[k])}
+        mlps = {f"transformer.h.{i}.mlp.{m}.weight" for i in range(2) for m in ("c_fc", "c_proj")}
+        heads = {k for k in moved if ".attn." in k and not k.endswith("usage")}
+        assert {k for k in moved if not k.endswith("usage")} - heads == mlps and bool(heads) == (arm == "cl"), arm
+        assert all(len(moved[k]) == 2 and moved[k][1].any() and not moved[k][0].any() for k in heads), "of two heads the first is shared"
     budget = run(base, "budget", "--plasticity", "budget:0.3", "--max-tokens", "1024")
     idle = [next(r for r in records if r["arm"] == "cl" and r["step"] == 4)["blocks"]["idle_share"] for records in (budget, both)]
     assert idle[0] >= 1 - math.ceil(0.3 * 14) / 14 - 1e-6 > idle[1], idle
+
+
+def test_light_milestones_ask_less_and_a_warning_says_when_they_take_too_long(base, capsys, monkeypatch):
+    for most, warnings in ((0.0, 1), (1e9, 0)):
+        monkeypatch.setattr(evolve, "MAX_EVAL_SHARE", most)
+        records = run(base, f"tiers{warnings}", "--arms", "dense", "--max-tokens", "1792", "--milestone-tokens", "256")
+        assert [r["tier"] for r in records] == ["full", "full", "full", "light", "full", "light", "light", "full"]
+        assert all(("facts" in r, "plasticity" in r) == (r["tier"] == "full",) * 2 and r["floor"] and r["recall"] for r in records)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning: at ordinary milestones evaluation takes" in line]
+        assert len(lines) == warnings and all("raise --milestone-tokens" in line for line in lines)
+
+
+def test_records_say_how_far_and_how_fast_the_weights_move(both):
+    first, last = both[:2], both[-2:]
+    for r in first:
+        assert r["update_ratio"] is None and not any(r["plasticity"]["drift"].values())
+    for r in last:
+        assert {"attn", "mlp", "wte"} <= set(r["update_ratio"]) and 0 < r["update_ratio"]["mlp"] < r["plasticity"]["drift"]["mlp"] < 2
+        assert r["peak_memory_bytes"] > 1e8 and r["mfu"] is None and 0 < r["update_s"] < r["train_s"]
+    assert 0 <= last[1]["blocks"]["unmoved"] <= last[1]["blocks"]["idle_share"], "who ever learned is not unmoved"
+
+
+def kept(base: Path, name: str, arm: str) -> list[str]:
+    return sorted(path.name for path in (base / f"base_checkpoints/{name}_{arm}_kept").iterdir())
+
+
+def test_the_floor_guard_keeps_the_best_model_within_its_bound_for_nanochats_own_scripts(base, capsys):
+    records = run(base, "loose", "--floor-guard", "99")
+    said = capsys.readouterr().out
+    for arm in ("dense", "cl"):
+        best = min((r for r in records if r["arm"] == arm), key=lambda r: r["domain"]["val"]["bpb"])
+        assert best["step"] and kept(base, "loose", arm) == [f"meta_{best['step']:06d}.json", f"model_{best['step']:06d}.pt"]
+        assert f"the best {arm} within it is milestone {best['milestone']}" in said
+    if best["step"] == 10:
+        saved = torch.load(base / "base_checkpoints/loose_cl_kept/model_000010.pt", weights_only=True)
+        assert all(torch.equal(value, saved[key]) for key, value in last_state(base, "loose")["arms"]["cl"]["model"].items())
+    command = re.search(r"python -m (nanochat_cl\.script .*loose_cl_kept)", said)[1].split()
+    out = subprocess.run([sys.executable, "-m", *command, "--device-type", "cpu"], capture_output=True, text=True, cwd=REPO)
+    assert out.returncode == 0 and "The capital of France" in out.stdout, out.stderr[-2000:]
+
+
+def test_what_is_within_the_floor_guard_is_the_best_domain_score_of_those_that_lost_no_more():
+    rows = [{"arm": "a", "milestone": i, "domain": {"val": {"bpb": domain}}, "general": {"val": {"bpb": general}}}
+            for i, (domain, general) in enumerate([(2.0, 1.0), (1.5, 1.125), (1.25, 1.25), (1.75, 0.5)])]
+    other = {**rows[1], "arm": "b", "milestone": 9}
+    assert [evolve.within([other, *rows], "a", bound)["milestone"] for bound in (0, 0.125, 0.2, 0.25)] == [3, 1, 1, 2]
+    assert evolve.within(rows[:3], "a", 0.1)["milestone"] == 0, "Phase A itself"
 
 
 def test_a_cooled_schedule_shows_in_the_records(base):
@@ -175,9 +228,11 @@ def test_progress_has_a_first_line_a_line_a_step_and_what_comes_next(base, capsy
     run(base, "lines", "--arms", "dense", "--max-tokens", "1024")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evolve")]
     assert "4 steps of 256 tokens of toy (cyclic), 2 milestones, from Phase A" in lines[0]
-    assert lines[-2].startswith("evolve | 1k/1k tokens 100% | ") and "tok/s" in lines[-2] and "0.0m left" in lines[-2]
-    assert lines[-1].endswith(f"next: python -m nanochat_cl.report {base / 'evolve/lines'}") and "evaluation" in lines[-1]
-    assert len(lines) == 1 + 5 + 1
+    assert lines[-3].startswith("evolve | 1k/1k tokens 100% | ") and "tok/s" in lines[-3] and "0.0m left" in lines[-3]
+    shares = [int(share) for share in re.findall(r"(?:data|backward|optimizer|evaluation|checkpoints) (\d+)%[,;]", lines[-2])]
+    assert len(shares) == 5 and 97 <= sum(shares) <= 103 and "peak memory" in lines[-2], lines[-2]
+    assert lines[-1].endswith(f"next: python -m nanochat_cl.report {base / 'evolve/lines'}") 
+    assert len(lines) == 1 + 5 + 2
     assert evolve.what_next(evolve.parse(["--arms", "dense,cl"]), Path("r")) == \
         "next: python -m nanochat_cl.crossover r, then python -m nanochat_cl.report r"
 
@@ -187,6 +242,7 @@ BAD = {"an unknown arm": (["--arms", "dense,cll"], "cll.*expected one of dense, 
        "a checkpoint for two arms": (["--from", "d2_dense_s42"], "one only with --from"),
        "a batch that does not divide": (["--total-batch-size", "200"], "multiple of rows x context x ranks = 128.*got 200"),
        "fewer tokens than a batch": (["--max-tokens", "255"], "less than one batch"),
+       "a negative guard": (["--floor-guard", "-0.1"], "--floor-guard.*got -0.1"),
        "a negative size": (["--milestone-tokens", "-1"], "milestone_tokens -1"),
        "a stream too short": (["--max-tokens", "10000000"], "stream holds .* --repeat"),
        "an unknown schedule": (["--schedule", "random"], "cyclic.*random"),

@@ -46,6 +46,36 @@ def test_the_multiplier_warms_up_then_never_rises_and_stays_positive(schedule, w
         assert rest[0] == 1.0
 
 
+def test_wsd_is_constant_and_then_falls_linearly_over_its_last_part():
+    recipe = Recipe(lr_schedule="wsd", cooldown_frac=0.25, warmup_steps=20)
+    values = [recipes.multiplier(s, 100, recipe) for s in range(100)]
+    assert values[20:81] == [1.0] * 61 and values[81:] == pytest.approx([(100 - s) / 20 for s in range(81, 100)])
+    assert [recipes.multiplier(s, 10, Recipe(lr_schedule="wsd", cooldown_frac=0.0)) for s in range(10)] == [1.0] * 10
+
+
+def test_reset_lr0_holds_the_weights_during_the_warm_up_and_then_begins_at_the_peak():
+    recipe = Recipe(optimizer="reset-lr0", warmup_steps=3)
+    assert [recipes.multiplier(s, 5, recipe) for s in range(5)] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(lr_schedule="wsd", warmup_steps=5, replay=0.05), Recipe(plasticity="budget:0.25+frozen-shared:0.1")])
+def test_a_recipe_is_read_from_its_name(recipe):
+    assert recipes.read(recipe.name) == recipe
+
+
+@pytest.mark.parametrize("bad", ["speed=1", "replay=much", "replay", "replay=2", ""])
+def test_a_label_that_is_no_recipe_is_refused_in_one_line(bad):
+    with pytest.raises(UserError) as error:
+        recipes.read(bad)
+    assert "\n" not in str(error.value)
+
+
+def test_an_arms_own_options_win_and_its_learning_rate_is_a_factor():
+    own = recipes.of_arm(Recipe(lr_mult=0.3, replay=0.01, warmup_steps=7), {"lr_mult": 0.1, "replay": 0.25})
+    assert own == Recipe(lr_mult=0.03, replay=0.25, warmup_steps=7) and own.name == "lr_mult=0.03,warmup_steps=7,replay=0.25"
+    assert recipes.of_arm(Recipe(lr_mult=0.3), {}) == Recipe(lr_mult=0.3)
+
+
 def test_schedules_at_their_midpoint():
     # half of cosine and of linear is one half; three quarters are (1 - 1/sqrt 2)/2 and one quarter
     for schedule, half, late in (("constant", 1, 1), ("cosine", 0.5, (1 - math.sqrt(0.5)) / 2), ("linear", 0.5, 0.25)):
@@ -59,7 +89,8 @@ def test_a_recipe_is_named_by_what_differs_from_the_default():
     assert Recipe(lr_mult=0.1, optimizer="reset").name == "lr_mult=0.1,optimizer=reset"
 
 
-@pytest.mark.parametrize("bad", [dict(lr_mult=-1.0), dict(lr_mult=float("nan")), dict(replay=1.5), dict(lr_schedule="wsd"), dict(warmup_steps=-1)])
+@pytest.mark.parametrize("bad", [dict(lr_mult=-1.0), dict(lr_mult=float("nan")), dict(replay=1.5), dict(lr_schedule="step"), dict(warmup_steps=-1), dict(cooldown_frac=1.1),
+                                 dict(optimizer="reset-lr0")])
 def test_impossible_recipes_are_refused(bad):
     with pytest.raises(UserError):
         Recipe(**bad)
