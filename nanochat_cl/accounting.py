@@ -29,10 +29,10 @@ def _fields(config: Any) -> Mapping[str, Any]:
 
 
 def windows(config: Any) -> list[int]:
-    """Keys that a query of each layer sees at most."""
+    """Keys that a query of each layer sees at most. `trained_len`: Phase A's context, whose short windows a longer one keeps."""
     c = _fields(config)
-    T, pattern = c["sequence_len"], c["window_pattern"].upper()
-    short = min(T, 128 * math.ceil(math.ceil(T / 4) / 128))
+    T, pattern, trained = c["sequence_len"], c["window_pattern"].upper(), c.get("trained_len", c["sequence_len"])
+    short = min(T, 128 * math.ceil(math.ceil(trained / 4) / 128))
     return [T if pattern[i % len(pattern)] == "L" else short for i in range(c["n_layer"] - 1)] + [T]
 
 

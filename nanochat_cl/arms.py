@@ -62,7 +62,8 @@ def sizes(n_embd: int, n_head: int, match: str = "params", width_mult: float = 1
     """
     How the hidden layer is cut. About an eighth of the blocks is shared. Matched by parameters, a quarter is routed and active besides,
     so 3/8 of the dense MLP works for a token; matched by FLOPs, as many are active as the whole dense layer has. Of the reserve a quarter
-    will join. A quarter of the heads is shared, half of the others active. active: "all", or a number of blocks.
+    will join. A quarter of the heads is shared, half of the others active; of one or two heads all, for there is nothing to choose.
+    active: "all", or a number of blocks.
     """
     block = min(128, n_embd // 4)
     if n_embd < 24 or 4 * n_embd % block:
@@ -71,7 +72,7 @@ def sizes(n_embd: int, n_head: int, match: str = "params", width_mult: float = 1
     if match == "params" and width_mult != 1 or not 0 <= reserve < 1 or width_mult < 1:
         raise UserError(f"expected a width-mult of at least 1 (1 for match params) and a reserve of 0 to 1, got {width_mult} and {reserve}")
     dense = 4 * n_embd // block
-    blocks, shared_heads = round(dense * width_mult), max(1, round(n_head / 4)) if heads else n_head
+    blocks, shared_heads = round(dense * width_mult), max(1, round(n_head / 4)) if heads and n_head > 2 else n_head
     shared = max(1, round(blocks / 8))
     held = round(reserve * (blocks - shared))
     live, routed_heads = blocks - shared - held, n_head - shared_heads

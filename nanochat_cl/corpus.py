@@ -68,12 +68,12 @@ def build(args: argparse.Namespace) -> None:
         for c, documents in held_out(read(skipped := {}), HELD_OUT_BYTES, skipped, args.workers).items():
             write_parquet(general / f"{c}.parquet", [d._replace(subdomain="general") for d in documents])
     held, shard = {c: read_parquet(general / f"{c}.parquet") for c in HELD_OUT}, "shard_{:05d}.parquet".format
-    state = state or {**asked, "read": 0, "place": {}, "shards": 0, "bytes": 0, "documents": {"train": 0, **{c: len(held[c]) for c in held}},
-                      "dropped": {"near_general": 0, "exact": 0}, "skipped": {}}
+    state = state or {**asked, "read": 0, "place": {}, "shards": 0, "bytes": 0, "skipped": {}, "dropped": {"near_general": 0, "exact": 0},
+                      "documents": {"train": 0, **{c: len(held[c]) for c in held}}}
     overlap = Overlap({"near_general": [d.text for c in HELD_OUT for d in held[c]]}, args.workers)
     seen = {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
-    skip = 0 if state["place"] else state["read"]  # a hub goes on from where it was; all else is near, and read again
-    source = islice(read(state["skipped"] if skip == 0 else state.setdefault("again", {}), None, state["place"]), skip, None)
+    skip, state["skipped"] = (0, state["skipped"]) if state["place"] else (state["read"], {})
+    source = islice(read(state["skipped"], None, state["place"]), skip, None)  # a hub goes on where it was, all else is near
     files.write_json(data_dir / partial, state)
     while state["bytes"] < (args.tokens or float("inf")) * BYTES_PER_TOKEN and (block := list(islice(source, args.docs_per_shard))):
         kept = [d for d, _ in screened(block, overlap, seen, state["dropped"])]
@@ -88,7 +88,7 @@ def build(args: argparse.Namespace) -> None:
         raise UserError(f"{args.source} leaves no training document; skipped: {said(state['skipped'])}; dropped: {state['dropped']}")
     write_parquet(data_dir / shard(state["shards"]), held["val"])  # sorts last: nanochat's validation split
     state |= {"files": checksums(data_dir), "skipped": said(state["skipped"])}
-    files.write_json(data_dir / "corpus.json", state)
+    files.write_json(data_dir / "corpus.json", {key: value for key, value in state.items() if key != "place"})
     (data_dir / partial).unlink()
     print(f"corpus | {state['documents']} documents, {state['bytes'] / 1e6:,.1f} MB to train on in {state['shards']} shards; "
           f"dropped {state['dropped']}; skipped: {state['skipped']}; next: python -m nanochat_cl.domain --profile {args.profile}")
@@ -140,12 +140,10 @@ def prune(data_dir: Path, overlap: Overlap) -> dict[str, int]:
     state, pruned, left = files.read_json(data_dir / "corpus.json"), dict.fromkeys(overlap.groups, 0), 0
     for path in sorted(data_dir.glob("*.parquet"))[:-1]:
         shard = read_parquet(path)
-        keep = []
-        for d, shares in zip(shard, overlap.of([d.text for d in shard])):
-            if shares.max() < NEAR:
-                keep.append(d)
-            else:
-                pruned[overlap.groups[shares.argmax()]] += 1
+        shares = overlap.of([d.text for d in shard])
+        for group in shares[shares.max(axis=1) >= NEAR].argmax(axis=1):
+            pruned[overlap.groups[group]] += 1
+        keep = [d for d, share in zip(shard, shares) if share.max() < NEAR]
         if len(keep) < len(shard):
             write_parquet(path, keep)
         left += len(keep)

@@ -94,8 +94,7 @@ def build(args: argparse.Namespace) -> None:
     print(f"domain | {args.domain} -> {folder}", flush=True)
     if manifest is None or manifest["items"] != compared:
         manifest = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
-    # Also of a general corpus that was made again since
-    held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]
+    held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]  # also of a general corpus made again since
     pruned = corpus.prune(data_dir, Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
     manifest |= {"general_pruned": pruned, "general_files": files.read_json(data_dir / "corpus.json")["files"]}
     files.write_json(folder / "corpus.json", manifest)
@@ -113,8 +112,7 @@ def _write(args: argparse.Namespace, recipe: dict, folder: Path, evaluation: lis
     general = [d.text for c in HELD_OUT for d in read_parquet(folder.parent / "general" / f"{c}.parquet")]
     held = [d.text for c in HELD_OUT for d in parts[c]]
     overlap = Overlap({"near_domain": held, "near_general": general, "near_evaluation": evaluation}, args.workers)
-    near_items = {"domain": held, "general": general}
-    near_items = {name: int((overlap.of(texts)[:, 2] >= NEAR).sum()) for name, texts in near_items.items()}
+    near_items = {name: int((overlap.of(t)[:, 2] >= NEAR).sum()) for name, t in (("domain", held), ("general", general))}
     parts["train"], share, size, dropped = [], Counter(), Counter(), dict.fromkeys([*overlap.groups, "exact"], 0)
     for d, shared in corpus.screened(documents, overlap, set(), dropped):
         parts["train"].append(d)

@@ -13,10 +13,9 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -59,8 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--audit", action="store_true", help="check at every step that what got no gradient keeps every bit (slower)")
     parser.add_argument("--floor-guard", type=float, help="keep the best checkpoint that lost at most so many bpb of general text")
     parser.add_argument("--keep-milestones", action="store_true", help="keep the states at milestones 1, 2, 4, 8 .., to branch from")
-    parser.add_argument("--confirmatory", action="store_true", help="declare that this domain, its split and these seeds were never used "
-                        "for choosing, of which the records and the certificate speak")
+    parser.add_argument("--confirmatory", action="store_true", help="declare: nothing was ever chosen on this domain, its split and seed")
     parser.add_argument("--branch-of", metavar="RUN", help="begin where a run of the same configuration, but for --lr-schedule, "
                         "--cooldown-frac and --max-tokens (one of its milestones), was the same: a cool-down from there leaves that run alone")
     parser.add_argument("--run", default="dummy", help="wandb run name; dummy disables wandb (default: %(default)s)")
@@ -107,7 +105,8 @@ class Run:
                                       "checkpoint_s": 0.0, "data_s": 0.0}
         self.choices = {learner.name: self.routed(learner) for learner in learners if learner.sparse}
         self.log, self.begun_s, self.begun_step = None, time.perf_counter(), 0
-        self.writer, self.saving = ThreadPoolExecutor(1), None  # type: ThreadPoolExecutor, tuple[Future, int, list[dict]] | None
+        self.threads = ThreadPoolExecutor(2)  # one reads, one writes
+        self.saving: tuple[Future, int, list[dict]] | None = None  # this rank's part of a state, its step and its records
         # What is asked of the stream later is known beforehand, since a batch is a function of its step.
         passages = learners[0].recall.sample_per_window
         windows = self.marks[:0:-math.ceil((len(self.marks) - 1) / RECALL_WINDOWS)][::-1]
@@ -126,11 +125,13 @@ class Run:
     def train(self) -> None:
         """One step: the same batch for every arm, for each rank its rows."""
         step, (rank, world_size) = self.state["step"], runs.ranks()
-        start, watch = time.perf_counter(), threading.Timer(STALLED_S, self.stalled)
-        watch.daemon = True
-        watch.start()
-        batch = self.stream.batch(step)
-        watch.cancel()
+        start = time.perf_counter()
+        try:
+            batch = self.threads.submit(self.stream.batch, step).result(STALLED_S)
+        except TimeoutError:
+            where = self.where(f": rank {rank} waited {STALLED_S:g} s for its data")
+            print(f"evolve | stopped at {where}; see to the disk, then the same command continues", file=sys.stderr, flush=True)
+            os._exit(1)  # whatever that thread waits for
         self.state["data_s"] += time.perf_counter() - start
         digest = hashlib.sha256(bytes.fromhex(self.state["stream_hash"]))
         digest.update(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes())
@@ -140,25 +141,16 @@ class Run:
             inputs, targets = batch.inputs[rank::world_size], batch.targets[rank::world_size]
             learner.step(inputs, targets, self.rows, step, self.steps, step + 1 in self.marks)
             if reason := learner.trouble():
-                self.give_up(learner, f"{reason}; {self.position()}")
+                self.give_up(learner, reason)
         self.state.update(step=step + 1, stream_hash=digest.hexdigest())
-
-    def position(self) -> str:
-        """Of the batch that this step trains on."""
-        (first, a), *_, (last, b) = self.stream.places(self.state["step"])
-        return f"the batch is {self.stream.rows} rows from {first} token {a:,} to {last} token {b:,}"
-
-    def stalled(self) -> None:
-        """A batch takes too long. Called in a thread, since a signal would wait for the read; the process ends, whatever it waits for."""
-        reason = f": rank {runs.ranks()[0]} waited {STALLED_S:g} s for its data; {self.position()}"
-        print(f"evolve | stopped at {self.where(reason)}; look at its disk, then the same command continues", file=sys.stderr, flush=True)
-        os._exit(1)
 
     def where(self, what: str = "") -> str:
         """How far the run came, `what` happened there, and what it can go on from."""
         step, saved = self.state["step"], runs.saved_steps(self.folder)
         good = runs.place(self.folder, saved[-1]) if saved else self.learners[0].phase_a.place
-        return f"step {step} ({step * self.batch_tokens:,} tokens){what}; last good checkpoint: {good}"
+        rows = [f"{name} token {token:,}" for name, token in self.stream.places(min(step, self.steps - 1))]
+        return (f"step {step} ({step * self.batch_tokens:,} tokens){what}; the batch is {len(rows)} rows from {rows[0]} to {rows[-1]}; "
+                f"last good checkpoint: {good}")
 
     def give_up(self, learner, reason: str) -> None:
         self.saved()
@@ -235,18 +227,18 @@ class Run:
             **load_of(learner.device, costs["flops_per_token"] * tok_per_s), "update_ratio": learner.update_ratio,
             "subdomain": stream.current(step - 1) if step else None, "seen": stream.seen(step),
             "train_loss": learner.loss_sum / count if count else None, "lr_mult": lr_mult, "stream_hash": self.state["stream_hash"],
-            "final": step == self.steps, "confirmatory": self.args.confirmatory, "schedule": self.args.sizes["schedule"], "profile": self.args.profile,
-            **scores, "recall": recalled, "blocks": blocks, "constant_share": self.exam.constant_share}
+            "final": step == self.steps, "confirmatory": self.args.confirmatory, "schedule": self.args.sizes["schedule"],
+            "profile": self.args.profile, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.exam.constant_share}
 
     def save(self) -> None:
         """Copy the state to main memory; this rank's part is written while training goes on, and counts when `saved` is through."""
         self.saved()
         start = time.perf_counter()
-        learned = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu", copy=True), {each.name: each.state_dict() for each in self.learners})
+        learned = {each.name: tree_map_only(torch.Tensor, lambda t: t.to("cpu", copy=True), each.state_dict()) for each in self.learners}
         size = sum(leaf.nbytes for leaf in tree_leaves(learned) if isinstance(leaf, torch.Tensor))
         machine.check_disk(self.folder, int(runs.over_ranks(torch.tensor(size), "sum")))
         state = {**self.state, "arms": learned, "rng": torch.get_rng_state()}
-        self.saving = self.writer.submit(runs.write_part, self.folder, state["step"], state), state["step"], state["records"]
+        self.saving = self.threads.submit(runs.write_part, self.folder, state["step"], state), state["step"], state["records"]
         self.state["checkpoint_s"] += time.perf_counter() - start
 
     def saved(self, wait: bool = True) -> None:
@@ -347,8 +339,8 @@ def begin(args: argparse.Namespace) -> Run | None:
         raise UserError(f"--confirmatory is for a domain on which nothing was chosen, and on {name} everything is: give another --domain")
     args.name = args.name or f"{args.profile}_{name}_{recipe.name}_s{args.seed}"
     folder, corpus = base / "evolve" / args.name, base / "corpora" / name
-    asked = {"profile": args.profile, "arms": args.arms, "seed": args.seed, **sizes, "repeat": args.repeat, "audit": args.audit,
-             "confirmatory": args.confirmatory, "recipe": vars(recipe), "seq_len": seq_len, "ranks": world_size, "device": device.type, "dtype": str(common.COMPUTE_DTYPE),
+    asked = {**{key: getattr(args, key) for key in ("profile", "arms", "seed", "repeat", "audit", "confirmatory")}, **sizes,
+             "recipe": vars(recipe), "seq_len": seq_len, "ranks": world_size, "device": device.type, "dtype": str(common.COMPUTE_DTYPE),
              "phase_a": {a.arm: {"checkpoint": a.place.name, "step": a.step, "config": a.config} for a in found}}
     if (folder / "config.json").is_file():
         runs.check_same(folder, files.read_json(folder / "config.json")["asked"], asked, "give its flags, or another --name")

@@ -42,7 +42,7 @@ class PhaseA:
 
     @property
     def cost(self) -> dict[str, float]:
-        return cost(self.config)
+        return cost({**self.config, "trained_len": self.meta["model_config"]["sequence_len"]})
 
 
 def cost(config: Any) -> dict[str, float]:
@@ -94,6 +94,7 @@ class Learner:
         before = self.model._compute_window_sizes(gpt.GPTConfig(**meta["model_config"]))
         whole = (meta["model_config"]["sequence_len"], phase_a.config["sequence_len"])
         self.model.window_sizes = [new if (old[0], new[0]) == whole else old for old, new in zip(before, self.model.window_sizes)]
+        self.model.config.trained_len = whole[0]  # for accounting
         self.model.to_empty(device=device)
         self.model.init_weights()
         try:
@@ -148,7 +149,7 @@ class Learner:
             self.plastic(used)
             self.used, self.idle_sum = ([a + b for a, b in zip(*pair)] for pair in ((self.used, used), (self.idle_sum, self._idle_shares())))
             here = torch.stack([mask.float().mean() for mask in routing.coverage(inputs, self.model.config.cl)])
-            self.covered = self.covered + runs.over_ranks(here, "sum").cpu() / runs.ranks()[1]
+            self.covered = self.covered + runs.over_ranks(here, "sum").to(self.covered) / runs.ranks()[1]
         loss = runs.over_ranks(total, "sum").item() / runs.ranks()[1]  # waits for the device, so the times are true
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()} if measured else {}
         begun = time.perf_counter()

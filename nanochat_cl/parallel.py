@@ -2,11 +2,13 @@
 A function over many items by several processes. They are spawned: a fork of a process that reads parquet can hang in Arrow's threads.
 An executor, since multiprocessing's Pool waits for ever for a worker that was killed.
 """
+import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
 
@@ -19,5 +21,10 @@ def parallel(function: Callable[[Any], Any], items: Sequence, workers: int) -> l
 
 @lru_cache(1)
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Kept until this process ends, which ends them too; Ctrl-C is this process's to hear."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    """Kept until this process ends, which ends them too."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()  # a parent that is killed leaves no orphans

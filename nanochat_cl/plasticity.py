@@ -5,8 +5,8 @@ Which weights may learn in Phase B, as rules over the use of blocks.
     budget:p                of each layer's routed blocks, and heads, only the share p that this batch uses most for its kind of text
     frozen-shared[:factor]  learning rates of all that every token passes through times `factor`, default 0; the routed blocks and heads
                             of Model-CL, or the MLPs of a dense model, learn at full rate
-    blocks, attention, embeddings, head, scalars [:factor]    one part of the former: shared blocks; shared heads, or dense attention; token
-                            and value embeddings; output head; per-layer scalars and the smear gate
+    blocks, attention, embeddings, head, scalars [:factor]    one part of the former: shared blocks (a dense model has none: no effect);
+                            shared heads, or dense attention; token and value embeddings; output head; per-layer scalars and the smear gate
 
 Rules can be joined by a plus sign: `budget:0.25+frozen-shared:0.1`. L layers, R routed blocks, G blocks, S shared ones, k chosen per chunk.
 """

@@ -105,7 +105,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def write_part(folder: Path, step: int, state: dict) -> tuple[str, str]:
-    """Write this rank's part of the state after `step` steps: its name and sha256, for `complete`. Calls no other rank: fit for a thread."""
+    """Write this rank's part of the state after `step` steps: its name and sha256, for `complete`. No collectives: fit for a thread."""
     path = place(folder, step) / f"state_rank{ranks()[0]}.pt"
     try:
         (path.parent / "complete.json").unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def write_part(folder: Path, step: int, state: dict) -> tuple[str, str]:
             torch.save(state, f)
         return path.name, _sha256(path)
     except (OSError, RuntimeError) as e:
-        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); make room, and the same command continues") from e
+        raise UserError(f"{path} could not be written ({e.__context__ or e}); make room, and the same command continues") from e
 
 
 def complete(folder: Path, step: int, part: tuple[str, str], always: Collection[int] = ()) -> None:

@@ -77,11 +77,9 @@ def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, 
         dataset, config, column or "text", label.get("data_files"), {} if place is None else place)
     for name, default, row in rows:
         text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            skipped.setdefault("without text", []).append(name)
-            continue
-        if len(text) > LARGEST:
-            skipped.setdefault(f"longer than {LARGEST:,} characters", []).append(name)
+        is_text = isinstance(text, str) and bool(text.strip())
+        if not is_text or len(text) > LARGEST:
+            skipped.setdefault(f"longer than {LARGEST:,} characters" if is_text else "without text", []).append(name)
             continue
         text = text.encode("utf-8", "ignore").decode()  # JSON can spell half a character
         subdomain = label.get("value") or str(row.get(label.get("column", "subdomain")) or default)
@@ -133,11 +131,12 @@ def _json(line: str) -> Any:
 
 def _hub_rows(dataset: str, config: str, column: str, data_files: str | None, place: dict) -> Iterator[tuple[str, str, dict]]:
     import datasets  # slow to import, and needed here alone
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
+    for name in ("huggingface_hub", "httpx", "httpx2"):  # they report each retry and each request
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         rows = datasets.load_dataset(dataset, config or None, split="train", streaming=True, data_files=data_files)
         if place:
-            rows.load_state_dict(place["state"])  # files before this one are not opened again
+            rows.load_state_dict(place["state"])  # of the files before this one at most the last is opened again
         for n, row in enumerate(rows, place.get("row", 0) + 1):
             if column not in row:
                 raise ValueError(f"no column {column!r} but {', '.join(sorted(row))}")
@@ -186,16 +185,12 @@ def code(source: str) -> str | None:
     A module as `ast.unparse` prints it: without comments, and here without statements that are only a string. None for a module that
     holds little code or mostly literals (tables and texts). Raises SyntaxError.
     """
-    def is_text(node: ast.AST) -> bool:
-        return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-    def length(node: ast.AST) -> int:
-        return len(repr(node.value)) if isinstance(node, ast.Constant) and not isinstance(node.value, bool | None) else 0
-
+    length = lambda node: len(repr(node.value)) if isinstance(node, ast.Constant) and not isinstance(node.value, bool | None) else 0
     tree = ast.parse(source)
     for node in ast.walk(tree):
         for field in ("body", "orelse", "finalbody"):
             if isinstance(body := getattr(node, field, None), list):  # of a lambda it is none
-                body[:] = [s for s in body if not (isinstance(s, ast.Expr) and is_text(s.value))] or [ast.Pass()] * bool(body)
+                kept = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(getattr(s.value, "value", 0), str))]
+                body[:] = kept or [ast.Pass()] * bool(body)
     text, literals = ast.unparse(tree) + "\n", sum(map(length, ast.walk(tree)))
     return text if len(text) >= 200 and 2 * literals <= len(text) else None

@@ -88,9 +88,8 @@ class Stream:
             raise command.UserError(f"no domain at {domain_dir}: train.parquet expected; make it with: python -m nanochat_cl.domain")
         self.schedule, self.repeat, self.seq_len, self.rows, self.replay = schedule, repeat, seq_len, rows, replay
         self.bos, self._tokens = tokenizer.get_bos_token_id(), token_files([train], train.parent, tokenizer)
-        # Orders of the epochs in use, and of the first for seen()
         self._shuffled = lru_cache(3)(lambda purpose, n: np.random.default_rng(seed_for(seed, purpose)).permutation(n))
-        self._order = lru_cache(3)(self._order)
+        self._order = lru_cache(3)(self._order)  # of the epochs in use, and of the first for seen()
         names, order = sorted(self._tokens), files.read_json(made)["order"] if made.is_file() else "seed"
         orders = {"name": names, "size": sorted(names, key=lambda name: -len(self._tokens[name])), "given": list(self._tokens),
                   "seed": [names[i] for i in self._shuffled("subdomains", len(names))]}

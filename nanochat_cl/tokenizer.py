@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from nanochat_cl import command, files
+from nanochat_cl import command, files, runs
 from nanochat_cl.profiles import PROFILES
 
 
@@ -26,8 +26,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> None:
     from nanochat.common import get_base_dir
     from nanochat.dataset import DATA_DIR
-
-    from nanochat_cl import runs
     corpus, done = Path(DATA_DIR) / "corpus.json", Path(get_base_dir()) / "tokenizer" / "made_with.json"
     if not corpus.is_file():
         raise command.UserError(f"no general corpus at {DATA_DIR}; make one with: python -m nanochat_cl.corpus --profile {args.profile}")

@@ -223,9 +223,14 @@ def main(argv: list[str] | None = None) -> None:
         machine.say(f"bench | text and a tokenizer of {vocab_size:,} in {folder}")
         make_text(Path(folder), vocab_size, documents=vocab_size // 4)
         tables = {"base": bench_base, "blocks": bench_blocks}[args.what](args, Path(folder), on_gpu)
+    save(args, argv, about, begun, {"base": "the base", "blocks": "the blocks"}[args.what], tables)
+
+
+def save(args: argparse.Namespace, argv: list[str], about: dict, begun: float, title: str, tables: str) -> None:
+    """Write the result, with what it ran on, and print it."""
     place = re.sub(r"\W+", "-", about["device"].lower()).strip("-")
     said = " ".join(Path(a).name if "/" in a else shlex.quote(a) for a in argv)  # no paths of this machine
-    text = (f"# Speed of {'the base' if args.what == 'base' else 'the blocks'} on {about['device']}\n\n    bash runs/bench.sh {said}\n\n"
+    text = (f"# Speed of {title} on {about['device']}\n\n    bash runs/bench.sh {said}\n\n"
             f"{datetime.date.today()}, {(time.time() - begun) / 60:.0f} minutes, {args.rounds} rounds. "
             f"{', '.join(f'{key} {value}' for key, value in about.items() if not isinstance(value, dict))}, "
             f"OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}"

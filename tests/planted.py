@@ -1,4 +1,4 @@
-"""Small folders of installed packages and of domain text, in which copies of held-out documents have been planted among the training documents."""
+"""Small folders of installed packages and of domain text: copies of held-out documents have been planted among the training documents."""
 import random
 from pathlib import Path
 
@@ -8,7 +8,9 @@ KEPT, SECRET = "keptword", "secretword"  # in every ordinary training document; 
 
 
 def sentences(r: random.Random, words: int) -> str:
-    return " ".join(f"{r.choice('bcdfgklmnprst')}{r.choice('aeiou')}{r.choice('bcdfgklmnprst')}{r.choice('aeiou')}{r.randrange(30)}" for _ in range(words))
+    consonants, vowels = "bcdfgklmnprst", "aeiou"
+    word = lambda: f"{r.choice(consonants)}{r.choice(vowels)}{r.choice(consonants)}{r.choice(vowels)}{r.randrange(30)}"
+    return " ".join(word() for _ in range(words))
 
 
 def changed(text: str, every: int = 30) -> str:
@@ -29,14 +31,16 @@ def site_packages(root: Path, packages: int = 6, modules: int = 40) -> Path:
         for number in range(modules):
             key = f"p{package}/m{number}"
             word = KEPT if split_of(key) == "train" else SECRET
-            doc, code = f"{word} {sentences(r, 60)} {word}", "".join(f"{word}_{i} = '{sentences(r, 1)}' + f({r.randrange(9**6)}) ** {i}\n" for i in range(30))
+            doc = f"{word} {sentences(r, 60)} {word}"
+            code = "".join(f"{word}_{i} = '{sentences(r, 1)}' + f({r.randrange(9**6)}) ** {i}\n" for i in range(30))
             (training if word == KEPT else held).append((key, doc, code))
     held.sort(key=lambda d: split_of(d[0]))
     assert {split_of(k) for k, _, _ in (held[0], held[-1])} == {"val", "test"}
     for i, (_, doc, code) in enumerate((held[0], held[-1])):
         training[3 * i] = (training[3 * i][0], doc, code)                                                                  # exact
         training[3 * i + 1] = (training[3 * i + 1][0], changed(doc), code.replace("_7 =", "_77 ="))                        # with changes
-        training[3 * i + 2] = (training[3 * i + 2][0], f"{sentences(r, 900)} {doc}", "".join(f"x{j} = {j}\n" for j in range(900)) + code)  # inside a longer one
+        longer = "".join(f"x{j} = {j}\n" for j in range(900)) + code
+        training[3 * i + 2] = (training[3 * i + 2][0], f"{sentences(r, 900)} {doc}", longer)                       # inside a longer one
     for key, doc, code in training + held:
         path = root / f"{key}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +51,7 @@ def site_packages(root: Path, packages: int = 6, modules: int = 40) -> Path:
 
 
 def text_folder(root: Path, general: Path, documents: int = 60) -> None:
-    """Two sub-domains of text files under `root`; near copies of held-out ones are planted in `root` and, together with ordinary text, in `general`."""
+    """Two sub-domains of text files under `root`; near copies of held-out ones are in `root` and, with ordinary text, in `general`."""
     r = random.Random(1)
     near = []
     for name in ("law", "med"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat_cl import accounting, arms, patching
+from nanochat_cl import accounting, arms, patching, routing
 from nanochat_cl.command import UserError
 
 
@@ -142,6 +142,6 @@ def test_the_attention_core_costs_two_matmuls_of_the_keys_in_a_window(arm, sizes
     routed = 0.0
     if arm == "cl":
         starts = len(accounting.boundaries(2048, 512))
-        rows = sum(part.routed for part in (model.transformer.h[0].mlp, model.transformer.h[0].attn.c_proj))
+        rows = sum(kind[0].routed for kind in routing.parts(model))
         routed = 2 * starts * 256 + starts / 2048 * model.config.n_layer * 4 * rows * 256
     assert accounting.flops_per_token(model.config) - 6 * accounting.matmul_params(model.config) - routed == pytest.approx(core, rel=1e-9)

@@ -1,6 +1,5 @@
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from planted import KEPT, SECRET, sentences, site_packages, text_folder
@@ -8,11 +7,9 @@ from test_corpus import read, read_all_train, trained_text, use
 from test_corpus import run as make_corpus
 from test_stream import T, Words
 
-from nanochat_cl import corpus, domain, files, stream
+from nanochat_cl import domain, files, stream
 from nanochat_cl.command import UserError
 from nanochat_cl.holdout import split_of
-
-MEDICAL = Path(__file__).parents[2] / "shared" / "data" / "medical"
 
 
 @pytest.fixture
@@ -52,7 +49,8 @@ def test_a_held_out_module_reaches_no_batch_of_phase_b_in_no_disguise_and_is_the
     for c in ("val", "test"):
         code, prose = ({d["key"] for d in read(base / "corpora" / name / f"{c}.parquet")} for name in ("planted", "general"))
         assert code == prose and len(code) > 4
-        assert all(split_of(d["key"]) == c and SECRET in d["text"] and d["subdomain"] == d["key"].split("/")[0] for d in read(folder / f"{c}.parquet"))
+        for d in read(folder / f"{c}.parquet"):
+            assert split_of(d["key"]) == c and SECRET in d["text"] and d["subdomain"] == d["key"].split("/")[0]
     manifest = files.read_json(folder / "corpus.json")
     assert manifest["dropped"] == {"near_domain": 6, "near_general": 0, "near_evaluation": 0, "exact": 0}
     out = capsys.readouterr().out
@@ -69,7 +67,8 @@ def test_copies_of_held_out_domain_documents_are_taken_out_of_both_phases(base, 
     assert text.count(KEPT) > 90 and SECRET not in text
     assert SECRET not in trained_text(16) and "general " in trained_text(4)
     manifest, general = files.read_json(folder / "corpus.json"), files.read_json(base / "base_data_climbmix" / "corpus.json")
-    assert set(manifest["subdomains"]) == {"law", "med"} and manifest["general_pruned"]["near_domain"] == general["dropped"]["near_domain"] >= 3
+    assert set(manifest["subdomains"]) == {"law", "med"}
+    assert manifest["general_pruned"]["near_domain"] == general["dropped"]["near_domain"] >= 3
     assert general["documents"]["train"] == len(read_all_train(base)) and manifest["general_files"] == general["files"]
     assert f"from the general corpus {manifest['general_pruned']}" in capsys.readouterr().out
 
@@ -112,8 +111,9 @@ def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(b
     with pytest.raises(UserError, match="make it first: python -m nanochat_cl.corpus"):
         run("planted", "--packages", str(site))
     make_corpus("--packages", str(site))
-    for name, message in (("unknown", "no domain 'unknown': expected planted, the path of a recipe, files:"), (f"files:{tmp_path / 'none'}", "no files match"),
-                          (f"files:{tmp_path / 'one'}", "too few documents"), (f"files:{tmp_path / 'general'}", "cannot be called general")):
+    for name, message in (("unknown", "no domain 'unknown': expected planted, the path of a recipe, files:"),
+                          (f"files:{tmp_path / 'none'}", "no files match"), (f"files:{tmp_path / 'one'}", "too few documents"),
+                          (f"files:{tmp_path / 'general'}", "cannot be called general")):
         with pytest.raises(UserError, match=message) as e:
             run(name)
         assert "\n" not in str(e.value)
@@ -144,24 +144,16 @@ def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, rec
     run("planted", "--packages", str(site))
     with pytest.raises(UserError, match="nanochat_cl.tokenizer"):
         stream.main(["describe", "planted"])
-    RustBPETokenizer.train_from_iterator((t for batch in dataset.parquets_iter_batched("train") for t in batch), 300).save(str(base / "tokenizer"))
+    texts = (text for batch in dataset.parquets_iter_batched("train") for text in batch)
+    RustBPETokenizer.train_from_iterator(texts, 300).save(str(base / "tokenizer"))
     capsys.readouterr()
     stream.main(["describe", "planted"])
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("p")}
     train = read(base / "corpora" / "planted" / "train.parquet")
-    assert {name: int(row[1]) for name, row in rows.items()} == {name: sum(d["subdomain"] == name for d in train) for name in rows} and len(rows) == 6
+    assert {name: int(row[1]) for name, row in rows.items()} == {name: sum(d["subdomain"] == name for d in train) for name in rows}
+    assert len(rows) == 6
     assert (base / "corpora" / "planted" / "describe.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.skipif(not MEDICAL.is_dir(), reason="the study data is not here")
-def test_a_folder_of_parquet_files_with_a_subdomain_column_is_a_domain(base, tmp_path, monkeypatch):
-    make_corpus("--source", f"files:{MEDICAL.parent / 'general'}/shard_00000.parquet", "--tokens", "2e5")
-    run(f"files:{MEDICAL}/q*.parquet", "--subdomain-mb", "0.4")
-    manifest = files.read_json(base / "corpora" / "medical" / "corpus.json")
-    assert set(manifest["subdomains"]) == {p.stem for p in MEDICAL.glob("q*.parquet")} and manifest["skipped"] == "none"
-    held = corpus.Overlap({"held": [d["text"] for c in ("val", "test") for d in read(base / "corpora" / "medical" / f"{c}.parquet")]})
-    assert held.of([d["text"] for d in read(base / "corpora" / "medical" / "train.parquet")]).max() < 0.4
 
 
 def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(base, tmp_path, capsys):
@@ -170,7 +162,8 @@ def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(
     text_folder(tmp_path / "company", tmp_path / "web")
     questions = [f"itemword {sentences(r, 20)}" for _ in range(40)]
     (base / "eval" / "facts").mkdir(parents=True)
-    (base / "eval" / "facts" / "q.jsonl").write_text("\n".join(json.dumps({"question": q, "choices": ["no", "yes"], "answer": 1}) for q in questions))
+    asked = [{"question": q, "choices": ["no", "yes"], "answer": 1} for q in questions]
+    (base / "eval" / "facts" / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
     for i, question in enumerate(questions):
         place = (tmp_path / "company" / "law", tmp_path / "web")[i % 2]
         (place / f"item{i}.txt").write_text(f"{KEPT} {sentences(r, 60)} {question} yes {sentences(r, 60)}")
@@ -196,7 +189,8 @@ def test_a_recipe_may_be_any_file_and_pieces_of_one_work_are_held_out_together(b
     (tmp_path / "d").mkdir()
     rows = [{"text": sentences(r, 50), "book": f"book {i % 120}", "subdomain": "ab"[i % 2]} for i in range(600)]
     (tmp_path / "d" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "library.json").write_text(json.dumps({"order": "given", "sources": [{"source": f"files:{tmp_path / 'd'}", "key": "book"}]}))
+    recipe = {"order": "given", "sources": [{"source": f"files:{tmp_path / 'd'}", "key": "book"}]}
+    (tmp_path / "library.json").write_text(json.dumps(recipe))
     make_corpus("--source", f"files:{tmp_path / 'web'}")
     run(str(tmp_path / "library.json"), "--order", "name")
     where = {c: {d["key"] for d in read(base / "corpora" / "library" / f"{c}.parquet")} for c in ("train", "val", "test")}

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -149,7 +151,7 @@ def test_frozen_shared_moves_only_mlps_and_routed_heads_and_a_budget_leaves_more
         mlps = {f"transformer.h.{i}.mlp.{m}.weight" for i in range(2) for m in ("c_fc", "c_proj")}
         heads = {k for k in moved if ".attn." in k and not k.endswith("usage")}
         assert {k for k in moved if not k.endswith("usage")} - heads == mlps and bool(heads) == (arm == "cl"), arm
-        assert all(len(moved[k]) == 2 and moved[k][1].any() and not moved[k][0].any() for k in heads), "of two heads the first is shared"
+        assert all(len(moved[k]) == 4 and moved[k][1:].any() and not moved[k][0].any() for k in heads), "of four heads the first is shared"
     budget = run(base, "budget", "--plasticity", "budget:0.3", "--max-tokens", "1024")
     idle = [next(r for r in records if r["arm"] == "cl" and r["step"] == 4)["blocks"]["idle_share"] for records in (budget, both)]
     assert idle[0] >= 1 - math.ceil(0.3 * 14) / 14 - 1e-6 > idle[1], idle
@@ -208,6 +210,46 @@ def test_a_cooled_schedule_shows_in_the_records(base):
     assert records[0]["recipe"] == "lr_mult=0.5,lr_schedule=linear"
 
 
+def test_training_goes_on_while_a_state_is_written_and_the_records_follow_it(base, both, monkeypatch):
+    going_on, seen, held = threading.Event(), [], {}
+    write_part, train = runs.write_part, evolve.Run.train
+
+    def waiting(folder, step, state):
+        held[step] = state
+        assert step or going_on.wait(60), "training waited for the file"
+        return write_part(folder, step, state)
+
+    def training(self):
+        if self.state["step"] == 2:
+            seen.append((runs.saved_steps(self.folder), (self.folder / "records.jsonl").exists()))
+            going_on.set()
+        train(self)
+    monkeypatch.setattr(runs, "write_part", waiting)
+    monkeypatch.setattr(evolve.Run, "train", training)
+    records = run(base, "overlapped")
+    assert seen == [([], False)], "what is not written yet counts already"
+    assert [(r["arm"], r["step"], r["domain"]) for r in records] == [(r["arm"], r["step"], r["domain"]) for r in both]
+    for arm in ("dense", "cl"):  # ten steps later, what was handed over is still Phase A
+        place, state = base / f"base_checkpoints/d2_{arm}_s42", held[0]["arms"][arm]
+        begun = torch.load(place / "model_000003.pt", weights_only=True), torch.load(place / "optim_000003_rank0.pt", weights_only=True)["state"]
+        assert all(torch.equal(value, begun[0][key]) for key, value in state["model"].items() if not key.endswith("usage"))
+        assert len(begun[1]) == len(state["optimizer"]["state"]) and all(
+            torch.equal(torch.as_tensor(value), torch.as_tensor(begun[1][i][key]))
+            for i, entry in state["optimizer"]["state"].items() for key, value in entry.items())
+
+
+def test_states_at_milestones_1_2_4_are_kept_on_request(base):
+    run(base, "kept", "--arms", "dense", "--milestone-tokens", "256", "--max-tokens", "1792", "--keep-milestones")
+    assert runs.saved_steps(base / "evolve/kept") == [1, 2, 4, 6, 7], "and the newest two"
+
+
+def test_a_confirmatory_run_is_declared_and_cannot_be_continued_as_another(base):
+    declared = ["--arms", "dense", "--max-tokens", "256"]
+    assert all(r["confirmatory"] is True for r in run(base, "declared", *declared, "--confirmatory"))
+    with pytest.raises(UserError, match="confirmatory: true -> false"):
+        run(base, "declared", *declared)
+
+
 def test_samples_come_from_both_arms_before_and_after(base, both):
     samples = files.read_json(base / "evolve/both/samples.json")
     assert [(s["arm"], s["when"]) for s in samples] == [(arm, when) for when in ("before", "after") for arm in ("dense", "cl") for _ in range(4)]
@@ -249,6 +291,7 @@ BAD = {"an unknown arm": (["--arms", "dense,cll"], "cll.*expected one of dense, 
        "an unknown domain": (["--domain", "nothing"], "nothing.*nanochat_cl.domain"),
        "a missing checkpoint": (["--seed", "7"], r"d2_dense_s7.*python -m nanochat_cl.pretrain --profile cpu --seed 7 --depth 2 --arm dense"),
        "an unreadable rule": (["--plasticity", "frozen"], "frozen"),
+       "a claim where choices are made": (["--domain", "python", "--confirmatory"], "on python everything is.*another --domain"),
        "a negative rate": (["--lr-mult", "-1"], "lr-mult")}
 
 
@@ -341,9 +384,28 @@ def test_an_explosion_is_three_steps_far_above_the_median_and_a_hard_batch_is_no
     assert "inf" in after(math.inf) and "nan" in after(math.nan)
 
 
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_that_fills_during_the_run_stops_it_before_the_next_state_is_begun(base, monkeypatch):
+    train = evolve.Run.train
+
+    def training(self):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12 if self.state["step"] < 2 else 1000))
+        train(self)
+    monkeypatch.setattr(evolve.Run, "train", training)
+    with pytest.raises(UserError, match="1,000 free") as error:
+        run(base, "filling", "--arms", "dense")
+    folder = base / "evolve/filling"
+    needed, path = int(re.search(r"needs ([\d,]+) bytes", str(error.value))[1].replace(",", "")), runs.place(folder, 0) / "state_rank0.pt"
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert 0.7 * path.stat().st_size < needed <= path.stat().st_size
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["000000"] and last_state(base, "filling")["step"] == 0
+    assert len(files.read_jsonl(folder / "records.jsonl")) == 1
+
+
 def test_a_disk_without_room_is_an_error_before_training(base, monkeypatch):
-    import collections
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("U", "total used free")(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match="bytes"):
         run(base, "full")
     assert not (base / "evolve/full").exists()

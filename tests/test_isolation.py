@@ -289,7 +289,7 @@ def phase_b(name, *more):
 
 def test_in_a_real_phase_b_every_idle_block_and_row_keeps_every_bit(base, monkeypatch):
     """Counted and compared a second time here, by the names of the parameters."""
-    audited, counts = isolation.audited_step, []
+    audited, counts, of_mlps = isolation.audited_step, [], []
 
     def checked(optimizer):
         mine = [p for group in optimizer.param_groups for p in group["params"] if p.ndim == 3]
@@ -301,6 +301,7 @@ def test_in_a_real_phase_b_every_idle_block_and_row_keeps_every_bit(base, monkey
         if mine:  # of the dense arm nothing is isolated
             assert found["blocks"] == sum(int(mask.sum()) for mask in idle) and found["rows"] >= sum(int(mask.sum()) for _, mask in rows)
         counts.append(found["blocks"])
+        of_mlps.append(sum(int(mask.sum()) for mask in idle if len(mask) == 16))
         return found
     monkeypatch.setattr(isolation, "audited_step", checked)
     phase_b("audited")
@@ -309,7 +310,7 @@ def test_in_a_real_phase_b_every_idle_block_and_row_keeps_every_bit(base, monkey
     assert last["arm"] == "cl" and last["step"] == 4 and len(counts) == 8
     # at least 14 - ceil(0.3 * 14) routed blocks, two matrices, two layers, four steps
     assert last["blocks"]["audited"]["blocks"] == sum(counts) >= 9 * 2 * 2 * 4 and last["blocks"]["audited"]["rows"] > 0
-    assert last["blocks"]["idle_share"] == pytest.approx(sum(counts) / (4 * 2 * 2 * 14), abs=0.02)
+    assert last["blocks"]["idle_share"] == pytest.approx(sum(of_mlps) / (4 * 2 * 2 * 14), abs=0.02)
 
 
 @pytest.mark.parametrize("what", ["blocks", "rows"])
@@ -357,7 +358,7 @@ def test_the_audit_of_two_checkpoints_prints_the_block_that_differs_and_by_how_m
     assert differing == {"transformer.h.1.mlp.c_fc.weight", "transformer.h.0.attn.c_q.weight", "transformer.wte.weight", "transformer.h.0.mlp.c_proj.weight"}
     same, count, change = found["transformer.h.1.mlp.c_fc.weight"]
     assert (same, count) == (15, 16) and change == ["="] * 5 + ["0.25"] + ["="] * 10
-    assert found["transformer.h.0.attn.c_q.weight"][:2] == (1, 2) and found["transformer.h.0.attn.c_q.weight"][2][0] == "="
+    assert found["transformer.h.0.attn.c_q.weight"][:2] == (3, 4) and found["transformer.h.0.attn.c_q.weight"][2][0] == "="
     assert found["transformer.h.0.mlp.c_proj.weight"][2][3] == "1", "set to zero: changed by all it had"
     rows = len(weights["transformer.wte.weight"])
     assert found["transformer.wte.weight"][:2] == (rows - 2, rows)

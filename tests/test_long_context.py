@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import toy_phase_a
-from nanochat_cl import evolve, files, patching
+from nanochat_cl import accounting, evolve, files, patching
 from nanochat_cl.command import UserError
 
 T, LONG = toy_phase_a.T, 8 * toy_phase_a.T  # two layers see no further than 2 x T if their windows stay those of Phase A
@@ -42,8 +42,15 @@ def test_a_token_beyond_phase_as_context_changes_the_loss(base):
             p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p)
     lengths = [left for left, _ in short.window_sizes]
     assert [left for left, _ in long.window_sizes] == [LONG if left == T else left for left in lengths] and LONG in dict(long.window_sizes)
+    assert accounting.windows(long.config) == [left for left, _ in long.window_sizes], "what the FLOPs are counted with"
     assert reach(long) > LONG - 8, reach(long)
     assert reach(short) < LONG - 8, reach(short)
+
+
+def test_short_windows_are_counted_as_phase_as_when_the_context_grows():
+    config = {"sequence_len": 4096, "trained_len": 1024, "window_pattern": "SSSL", "n_layer": 6}
+    assert accounting.windows(config) == [256, 256, 256, 4096, 256, 4096]
+    assert accounting.windows({**config, "trained_len": 4096})[0] == 1024 and accounting.windows({**config, "trained_len": 100})[0] == 128
 
 
 def test_both_arms_train_on_long_rows_and_the_run_remembers_their_length(base):

@@ -19,7 +19,8 @@ NASTY = {
     "parentheses and joined pieces": 'def f():\n    ("one "\n     "two")\n    return (1,  # first\n            2)\n',
     "strings with hashes": 'x = "# no comment"  # comment\ny = """\n# still no comment\n\n\n"""\nz = f"{x!r:>{3}}#"\n',
     "letters beyond ASCII": 'é = "ü"  # ö ä\ndef f(ß="€"):  # 漢字\n    """漢字"""\n    return ß  # end\n',
-    "handlers and matches": 'try:\n    "a"\nexcept ValueError:\n    "b"  # c\nfinally:\n    x = 1\nmatch x:\n    case 1:\n        "d"\n    case _:\n        y = 3\n',
+    "handlers and matches": 'try:\n    "a"\nexcept ValueError:\n    "b"  # c\nfinally:\n    x = 1\n'
+                            'match x:\n    case 1:\n        "d"\n    case _:\n        y = 3\n',
     "continued lines": 'x = 1 + \\\n    2  # three\n# gone\n\n# gone too\nasync def g():\n    r"""raw \\d"""\n    await h()\n',
 }
 
@@ -63,8 +64,10 @@ def test_tables_of_text_and_tiny_modules_are_no_code():
 
 
 def test_prose_is_the_docstrings_in_order_without_doctests():
-    source = ('"""The module says what it is for, at some length, so that it counts."""\n\nclass A:\n    """\n    A class that is documented as well, with an indent.\n\n'
-              '    >>> A().f()\n    3\n\n    And more words after the example.\n    """\n    def f(self):\n        """It returns three, and it takes many words to say so, does it not?"""\n'
+    source = ('"""The module says what it is for, at some length, so that it counts."""\n\n'
+              'class A:\n    """\n    A class that is documented as well, with an indent.\n\n'
+              '    >>> A().f()\n    3\n\n    And more words after the example.\n    """\n'
+              '    def f(self):\n        """It returns three, and it takes many words to say so, does it not?"""\n'
               '        return "a string that is no documentation but is long enough to be one"\n')
     text = sources.prose(source)
     assert [text.index(w) for w in ("module says", "documented as well", "And more", "returns three")] == sorted(
@@ -78,7 +81,8 @@ def test_bad_documents_are_counted_and_named(tmp_path):
     (tmp_path / "sub" / "good.txt").write_text("good text")
     (tmp_path / "bytes.md").write_bytes(b"x\xff\xfe")
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "rows.jsonl").write_text("\n".join(['{"text": "from a row", "subdomain": "named"}', '{"body": 1}', "", "[1]", '{"text": "half\\ud800"}', '{"text": 7}', "not json", '{"text": "after it"}']))
+    (tmp_path / "rows.jsonl").write_text("\n".join(['{"text": "from a row", "subdomain": "named"}', '{"body": 1}', "", "[1]",
+                                                    '{"text": "half\\ud800"}', '{"text": 7}', "not json", '{"text": "after it"}']))
     pq.write_table(pa.table({"content": ["a"]}), tmp_path / "column.parquet")
     pq.write_table(pa.table({"text": ["from parquet"]}), tmp_path / "fine.parquet")
     whole = (tmp_path / "fine.parquet").read_bytes()
@@ -87,7 +91,8 @@ def test_bad_documents_are_counted_and_named(tmp_path):
     (tmp_path / ".hidden" / "a.txt").write_text("not for us")
     skipped = {}
     found = list(sources.read(f"files:{tmp_path}", skipped))
-    assert {(d.text, d.subdomain) for d in found} == {("good text", "sub"), ("from a row", "named"), ("half", "rows"), ("after it", "rows"), ("from parquet", "fine")}
+    assert {(d.text, d.subdomain) for d in found} == {("good text", "sub"), ("from a row", "named"), ("half", "rows"), ("after it", "rows"),
+                                                      ("from parquet", "fine")}
     assert skipped["without text"] == ["column.parquet:1", "empty.txt:1", "rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:5", "rows.jsonl:6"]
     assert [name.split(":")[:2] for name in skipped["unreadable from there on"]] == [["bytes.md", "1"], ["cut.parquet", "1"]]
     assert "6 without text (column.parquet:1, empty.txt:1, rows.jsonl:2, ...)" in sources.said(skipped) and sources.said({}) == "none"
@@ -110,15 +115,3 @@ def test_a_label_names_the_subdomain_by_value_column_or_pattern(tmp_path):
     names = lambda **label: [d.subdomain for d in sources.read(f"files:{tmp_path}", {}, label)]
     assert names() == ["a"] * 3 and names(value="v") == ["v"] * 3 and names(column="kind") == ["flask", "django", "other"]
     assert names(column="text", pattern=r"^from (flask|django)\b") == ["flask", "django"]
-
-
-def test_a_dataset_in_the_hubs_layout_is_read_and_a_missing_column_named(tmp_path):
-    (tmp_path / "set" / "data").mkdir(parents=True)
-    pq.write_table(pa.table({"content": ["one", "two"], "text": ["a", "b"], "subdomain": ["s", "t"]}), tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
-    read = lambda spec: [(d.text, d.subdomain) for d in sources.read(spec, {})]
-    assert read(f"hf:{tmp_path / 'set'}") == [("a", "s"), ("b", "t")]
-    assert read(f"hf:{tmp_path / 'set'}::content") == [("one", "s"), ("two", "t")]
-    with pytest.raises(UserError, match="cannot read the dataset .*no column 'body' but content, subdomain, text"):
-        read(f"hf:{tmp_path / 'set'}::body")
-    with pytest.raises(UserError, match="cannot read the dataset"):
-        read(f"hf:{tmp_path / 'missing'}")

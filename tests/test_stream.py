@@ -24,13 +24,15 @@ class Words:
 
 def table(path, documents):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": [t for t, _ in documents], "subdomain": [s for _, s in documents], "key": [t for t, _ in documents]}), path)
+    texts, names = [t for t, _ in documents], [s for _, s in documents]
+    pq.write_table(pa.table({"text": texts, "subdomain": names, "key": texts}), path)
 
 
 @pytest.fixture
 def folder(tmp_path):
     r = random.Random(0)
-    documents = [("".join(r.choice("abcdefghij ") for _ in range(r.randint(5, 90))), name) for name, n in SIZES.items() for _ in range(n)]
+    text = lambda: "".join(r.choice("abcdefghij ") for _ in range(r.randint(5, 90)))
+    documents = [(text(), name) for name, n in SIZES.items() for _ in range(n)]
     r.shuffle(documents)
     table(tmp_path / "base" / "corpora" / "toy" / "train.parquet", documents)
     return tmp_path / "base" / "corpora" / "toy"
@@ -135,7 +137,8 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_another_order(fol
     a, b, c = (make(folder, "iid", seed=seed) for seed in (1, 1, 2))
     assert all(a.places(i) == b.places(i) for i in range(5)) and any(a.places(i) != c.places(i) for i in range(5))
     again = make(folder, "iid", repeat=True)
-    assert [again.places(i) for i in range(5)] != [again.places(i + steps_of_an_epoch(again)) for i in range(5)], "each epoch has its own order"
+    first, second = ([again.places(i + n) for i in range(5)] for n in (0, steps_of_an_epoch(again)))
+    assert first != second, "each epoch has its own order"
 
 
 def test_a_stream_that_is_too_short_is_refused_before_training_unless_it_may_repeat(folder):

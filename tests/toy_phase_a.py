@@ -54,9 +54,9 @@ def checkpoint(base: Path, name: str, tokenizer, seed: int = 42, steps: int = 3)
     torch.manual_seed(seed)
     batch_tokens = ROWS * T
     with patching.applied():
-        cl = arms.cl(64, 2, tokenizer.get_bos_token_id(), name)
+        cl = arms.cl(64, 4, tokenizer.get_bos_token_id(), name)
         with torch.device("meta"):
-            model = gpt.GPT(gpt.GPTConfig(sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
+            model = gpt.GPT(gpt.GPTConfig(sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=4, n_embd=64,
                                           **({"cl": cl} if cl else {})))
         model.to_empty(device="cpu")
         model.init_weights()

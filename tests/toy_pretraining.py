@@ -14,7 +14,7 @@ from nanochat_cl import upstream
 
 WORDS = ("the river carries stone and sand to a wide bay where boats wait for the evening tide while people on the bank talk of rain "
          "harvest trade winter roads bread salt horses letters and the price of wool").split()
-FLAGS = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--window-pattern=SL", "--num-iterations=20",
+FLAGS = ["--depth=2", "--aspect-ratio=32", "--head-dim=16", "--max-seq-len=64", "--window-pattern=SL", "--num-iterations=20",
          "--device-batch-size=4", "--total-batch-size=512", "--eval-every=10", "--eval-tokens=1024", "--save-every=10", "--warmup-steps=4",
          "--core-metric-every=-1", "--sample-every=-1", "--embedding-lr=1.6", "--unembedding-lr=0.032", "--matrix-lr=0.16",
          "--scalar-lr=2.0", "--weight-decay=0.1", "--warmdown-ratio=0.5", "--device-type=cpu"]
@@ -35,6 +35,11 @@ def environment(base: Path, eager: bool = True, **more: str) -> dict[str, str]:
 def command(base: Path, *argv: str, cwd: Path = upstream.REPO, eager: bool = True, **more: str) -> subprocess.CompletedProcess:
     """`python -m argv...` with this base directory; `eager`: without compiling anything."""
     return subprocess.run([sys.executable, "-m", *argv], cwd=cwd, env=environment(base, eager, **more), capture_output=True, text=True)
+
+
+def torchrun(base: Path, *argv: str, **more: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *argv], cwd=upstream.REPO, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(base, **more))
 
 
 def make(base: Path) -> Path:
