@@ -27,8 +27,8 @@ from nanochat_cl import command, files, machine, upstream
 
 NO_GPU = {"unmeasured": "this machine has no GPU; the same command measures it on one"}
 NO_CPU = {"unmeasured": "a GPU was measured; with CUDA_VISIBLE_DEVICES= before the command it is the CPU"}
-MLP_NOTE = """FLOPs over dense is the least that time over dense could be. `masked`, the reference, computes every block; `slice` has one
-choice for all chunks; `auto` is the default. Of "routed 1/4
+MLP_NOTE = """FLOPs over dense is the least that time over dense could be. `masked`, the reference, computes every block; `slice` has one choice for
+all chunks; `auto` is the default. Of "routed 1/4
 by itself" all blocks are routed and each chunk uses a quarter of them. Chunks begin at 0, 16, 32, ... below C, as routing has them, but
 for the last line."""
 Results = dict[str, list[dict[str, Any]]]  # of each side, one per round
