@@ -15,7 +15,9 @@ from torch import Tensor
 
 from nanochat_cl.routing import Decision, Routed
 
-SHORT = 64  # tokens: for chunks below, computing every block costs less than copying the chosen ones together
+# Tokens: for chunks below, every block is computed. Of dense's time, n 256, T 512, bfloat16 on a CPU: 0.56 against 0.61 with all chosen
+# ones copied; in float32, and at n 768, T 2048, no difference (2026-11-25).
+SHORT = 64
 
 
 class Blocks(nn.Module):

@@ -176,8 +176,12 @@ class Run:
                         f"{MAX_EVAL_SHARE:.0%}; raise --milestone-tokens, or lower --eval-docs or --probe-items under another --name")
         for r in new if self.log else ():
             shown = {"domain_bpb": r["domain"]["val"]["bpb"], "general_bpb": r["general"]["val"]["bpb"], "recall_bpb": r["recall"]["mean"],
-                     **{key: r[key] for key in ("train_loss", "flops", "train_s", "eval_s", "tok_per_s", "mfu", "peak_memory_bytes")}}
+                     **{key: r[key] for key in ("train_loss", "flops", "train_s", "eval_s", "tok_per_s")}, **self.load_of(r)}
             self.log.log({"tokens": r["tokens"], **{f"{r['arm']}/{key}": value for key, value in shown.items()}}, step=step)
+
+    def load_of(self, r: dict) -> dict[str, float]:
+        """Memory and MFU: a continued run has others, so they are in no record."""
+        return machine.load(self.learners[0].device.type, r["flops_per_token"] * r["tok_per_s"] / runs.ranks()[1])
 
     def keep_within(self, learner, records: list[dict]) -> None:
         """With a floor guard: the arm's best model within it, where it is the newest, as a checkpoint that nanochat's own scripts load."""
@@ -194,7 +198,7 @@ class Run:
 
     def record(self, learner, pause: Callable[[], None]) -> dict[str, Any]:
         """One line of records.jsonl."""
-        from nanochat_cl.learner import cost, load_of
+        from nanochat_cl.learner import cost
         start, step, stream, recipe, a = time.perf_counter(), self.state["step"], self.stream, learner.recipe, learner.phase_a
         tokens, costs = step * self.batch_tokens, cost(learner.model.config)
         if not all(bool(torch.isfinite(p).all()) for p in learner.model.parameters()):
@@ -224,7 +228,7 @@ class Run:
             "flops": learner.flops, **costs, "phase_a_tokens": a.result["tokens"], "phase_a_flops": a.result["flops"],
             "train_s": learner.train_s, "update_s": learner.update_s, "eval_s": learner.eval_s, "data_s": self.state["data_s"],
             "checkpoint_s": self.state["checkpoint_s"], "tok_per_s": tok_per_s,
-            **load_of(learner.device, costs["flops_per_token"] * tok_per_s), "update_ratio": learner.update_ratio,
+            "update_ratio": learner.update_ratio,
             "subdomain": stream.current(step - 1) if step else None, "seen": stream.seen(step),
             "train_loss": learner.loss_sum / count if count else None, "lr_mult": lr_mult, "stream_hash": self.state["stream_hash"],
             "final": step == self.steps, "confirmatory": self.args.confirmatory, "schedule": self.args.sizes["schedule"],
@@ -437,12 +441,12 @@ def evolve(args: argparse.Namespace) -> None:
                     run.saved()
                 raise
     train_s, eval_s = (sum(getattr(learner, key) for learner in run.learners) for key in ("train_s", "eval_s"))
-    update_s, last = sum(learner.update_s for learner in run.learners), run.state["records"][-1]
+    update_s, load = sum(learner.update_s for learner in run.learners), run.load_of(run.state["records"][-1])
     spent = {"data": run.state["data_s"], "forward and backward": train_s - update_s, "optimizer": update_s, "evaluation": eval_s,
              "checkpoints": run.state["checkpoint_s"]}
     machine.say("evolve | time: " + ", ".join(f"{name} {s / sum(spent.values()):.0%}" for name, s in spent.items())
                 + f"; ordinary milestones: evaluation {metrics.light_share(run.state['records']):.0%} of training (at most {MAX_EVAL_SHARE:.0%})"
-                + f"; peak memory {last['peak_memory_bytes'] / 1e9:.1f} GB" + (f", MFU {last['mfu']:.0%}" if last["mfu"] else ""))
+                + f"; peak memory {load['peak_memory_bytes'] / 1e9:.1f} GB" + (f", MFU {load['mfu']:.0%}" if "mfu" in load else ""))
     for name in args.arms if args.floor_guard is not None else ():
         best = within(run.state["records"], name, args.floor_guard)
         machine.say(f"evolve | floor guard {args.floor_guard:g}: the best {name} within it is milestone {best['milestone']}, "

@@ -4,7 +4,6 @@ One arm as it learns in Phase B: a Phase A checkpoint, its optimizer begun anew 
 B rows, T positions, L layers, R routed blocks.
 """
 import math
-import resource
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -63,14 +62,6 @@ def find(arm: str, tag: str, remedy: str) -> PhaseA:
         raise UserError(f"{place} was not made by nanochat's base_train: no user_config or batch in its metadata; make one with: {remedy}")
     tokens = step * meta["total_batch_size"]
     return PhaseA(arm, place, step, meta, {"tokens": tokens, "flops": tokens * accounting.flops_per_token(meta["model_config"]), **result})
-
-
-def load_of(device: torch.device, flops_per_s: float) -> dict[str, float | None]:
-    """Peak memory in bytes, of a GPU by tensors, of a CPU by this process; share of a GPU's bfloat16 peak that active FLOPs reach."""
-    if device.type != "cuda":
-        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "mfu": None}
-    peak = common.get_peak_flops(torch.cuda.get_device_name()) * runs.ranks()[1]  # infinite for a GPU that nanochat doesn't know
-    return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "mfu": flops_per_s / peak if peak < math.inf else None}
 
 
 class Learner:

@@ -7,6 +7,7 @@ python -m nanochat_cl.machine dtype      # NANOCHAT_DTYPE worth setting: bfloat1
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,15 @@ def detect_profile() -> str:
     import torch
     gpus = torch.cuda.device_count()
     return "h100x8" if gpus >= 8 else "gpu1" if gpus else "cpu"
+
+
+def load(device_type: str, flops_per_s: float) -> dict[str, float]:
+    """Peak memory in bytes, of a GPU by tensors, of a CPU by this process; share of a GPU's bfloat16 peak that `flops_per_s` of it are."""
+    if device_type != "cuda":
+        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    import torch
+    from nanochat.common import get_peak_flops  # infinite for a GPU that nanochat doesn't know
+    return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "mfu": flops_per_s / get_peak_flops(torch.cuda.get_device_name())}
 
 
 def check_disk(path: Path, needed: int) -> None:

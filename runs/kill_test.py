@@ -1,5 +1,5 @@
 """
-Kill toy runs of Phase B (SIGKILL) again and again, let them finish, and compare their records, fields of time and memory aside, with
+Kill toy runs of Phase B (SIGKILL) again and again, let them finish, and compare their records, fields of time aside, with
 those of a run that was left alone. Exit status 1 when any differs.
 
 bash runs/kill_test.sh
@@ -21,6 +21,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import nanochat_cl  # noqa: F401  puts the nanochat tree on the import path
 import killed_runs
+import toy_phase_a
 from nanochat_cl import files, machine
 
 RANKS = 1, 2
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPO / "runs/results/kill_test.md", help="the table (default: %(default)s)")
     out, r, rows, equal = parser.parse_args().out, random.Random(0), [], True
     logging.disable(logging.INFO)
-    with tempfile.TemporaryDirectory() as place, killed_runs.base_directory(Path(place)) as base:
+    with tempfile.TemporaryDirectory() as place, toy_phase_a.base_directory(Path(place)) as base:
         for ranks in RANKS:
             start = time.monotonic()
             if any(killed_runs.wait(killed_runs.start(f"alone{ranks}", base, *RESET, ranks=ranks))):
@@ -79,7 +80,7 @@ def main() -> None:
     table += [f"| all | | {' | '.join(str(total[kind]) for kind in ACTS)} | {'equal' if equal else 'DIFFERENT'} |"]
     files.write_text(out, f"# Kill test\n\n{sum(total.values())} SIGKILLs on toy runs of Phase B (both arms, 10 steps, 4 milestones); a killed run is started "
                           f"again by the same command. Of two ranks\none is killed, the other ends by itself. Records are compared with an uninterrupted "
-                          f"run's, all fields but times and memory.\nMade by `bash runs/kill_test.sh` at commit {about['commit']}, torch {about['torch']}, "
+                          f"run's, all fields but times.\nMade by `bash runs/kill_test.sh` at commit {about['commit']}, torch {about['torch']}, "
                           f"{about['cpu']}.\n\n" + "\n".join(table) + "\n")
     print(f"{sum(total.values())} kills, records {'equal' if equal else 'DIFFERENT'} -> {out}")
     sys.exit(not equal)

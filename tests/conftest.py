@@ -3,4 +3,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only get in each other's way
 os.environ.setdefault("NANOCHAT_DTYPE", "float32")  # the recorded numbers are, and a GPU would choose bfloat16
 
+import pytest
+
 import nanochat_cl  # noqa: F401  puts the nanochat tree on the import path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A toy base directory, unless a test file makes one of its own."""
+    import toy_phase_a
+    with toy_phase_a.base_directory(tmp_path_factory.mktemp("base")) as place:
+        yield place

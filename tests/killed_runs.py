@@ -6,28 +6,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch._inductor.compile_fx  # torch.compile imports it: here, once, not in every process that is forked
 
 import toy_phase_a
 from nanochat_cl import command, evaluate, evolve, exam, files, runs
 
 MOMENTS = ("optimizer step", "evaluation", "rename")
-
-
-@contextmanager
-def base_directory(place: Path):
-    """A toy base directory, for this process and those forked from it."""
-    before = os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(place)
-    torch.compiler.set_stance("force_eager")
-    yield toy_phase_a.make(place)
-    torch.compiler.set_stance("default")
-    os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
 
 
 def kill_at(moment: str, count: int) -> Callable[[], None]:
@@ -87,8 +74,8 @@ def wait(processes: list[int]) -> list[int]:
 
 
 def comparable(base: Path, name: str) -> list[dict]:
-    """Records without what may differ: the run's name, and what is measured in time or memory."""
-    return [{k: v for k, v in r.items() if k not in ("run", "tok_per_s", "mfu", "peak_memory_bytes") and not k.endswith("_s")}
+    """Records without what may differ: the run's name, and times."""
+    return [{k: v for k, v in r.items() if k not in ("run", "tok_per_s") and not k.endswith("_s")}
             for r in files.read_jsonl(base / "evolve" / name / "records.jsonl")]
 
 

@@ -59,7 +59,7 @@ def records(arms=None, seeds=(42,), milestones=9, docs=6, sd=0.002, confirmatory
                     flops_per_token=4.1e6 if cl else 5.4e6,
                     params_total=1_180_000 + 2000 * cl, params_active=840_000 if cl else 1_180_000, phase_a_tokens=1_048_576,
                     phase_a_flops=1_048_576 * (4.1e6 if cl else 5.4e6), train_s=9.0 * m * (1.3 if cl else 1),
-                    eval_s=2.0 * m, checkpoint_s=0.1 * m, update_s=2.5 * m, data_s=0.2 * m, mfu=None, peak_memory_bytes=1_400_000_000 + m,
+                    eval_s=2.0 * m, checkpoint_s=0.1 * m, update_s=2.5 * m, data_s=0.2 * m,
                     tier="full" if full else "light", update_ratio={k: 0.01 * v for k, v in group.items()} if m else None,
                     **(dict(plasticity={"dormant_0.025": 0.1, "effective_rank": 40.0, "drift": {k: v * t * lr**0.5 for k, v in group.items()}},
                             facts=dict(cloze=dict(accuracy=float(0.4 - 0.1 * t * lost), gold_bpb=float(recalled.mean()), chance=0.25,

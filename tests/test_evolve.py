@@ -1,6 +1,5 @@
 """Phase B on a toy base directory: what is trained, what is recorded, what is refused."""
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -17,16 +16,6 @@ from nanochat_cl import accounting, evolve, files, patching, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.stream import Stream
 from nanochat_cl.upstream import REPO
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    place, before = tmp_path_factory.mktemp("base"), os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(place)
-    torch.compiler.set_stance("force_eager")
-    yield toy_phase_a.make(place)
-    torch.compiler.set_stance("default")
-    os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
 
 
 def run(base: Path, name: str, *more: str) -> list[dict]:
@@ -173,7 +162,7 @@ def test_records_say_how_far_and_how_fast_the_weights_move(both):
         assert r["update_ratio"] is None and not any(r["plasticity"]["drift"].values())
     for r in last:
         assert {"attn", "mlp", "wte"} <= set(r["update_ratio"]) and 0 < r["update_ratio"]["mlp"] < r["plasticity"]["drift"]["mlp"] < 2
-        assert r["peak_memory_bytes"] > 1e8 and r["mfu"] is None and 0 < r["update_s"] < r["train_s"]
+        assert 0 < r["update_s"] < r["train_s"] and not {"mfu", "peak_memory_bytes"} & set(r), "a continued run would differ in them"
     assert 0 <= last[1]["blocks"]["unmoved"] <= last[1]["blocks"]["idle_share"], "who ever learned is not unmoved"
 
 

@@ -1,5 +1,4 @@
 """Phase B with rows longer than Phase A's: what is far back is seen."""
-import os
 
 import pytest
 import torch
@@ -10,16 +9,6 @@ from nanochat_cl.command import UserError
 
 T, LONG = toy_phase_a.T, 8 * toy_phase_a.T  # two layers see no further than 2 x T if their windows stay those of Phase A
 FLAGS = [*toy_phase_a.ARGS, "--total-batch-size", "512", "--device-batch-size", "2", "--max-tokens", "1024", "--milestone-tokens", "1024"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    place, before = tmp_path_factory.mktemp("base"), os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(place)
-    torch.compiler.set_stance("force_eager")
-    yield toy_phase_a.make(place)
-    torch.compiler.set_stance("default")
-    os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
 
 
 def reach(model, needle=3, length=LONG):

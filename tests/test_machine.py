@@ -103,3 +103,14 @@ def test_sums_have_a_fixed_order_inside_and_are_left_alone_outside():
         with machine.fixed_sums(on):
             assert torch.are_deterministic_algorithms_enabled() is on
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_load_of_a_cpu_is_this_process_peak_and_of_a_gpu_the_share_of_its_peak_flops(monkeypatch):
+    import torch
+    from nanochat import common
+    from nanochat_cl import machine
+    found = machine.load("cpu", 1e12)
+    assert set(found) == {"peak_memory_bytes"} and 5e7 < found["peak_memory_bytes"] < 1e12
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert machine.load("cuda", 0.4 * common.get_peak_flops("NVIDIA H100 80GB HBM3")) == {"peak_memory_bytes": 123, "mfu": 0.4}

@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from killed_runs import base_directory, comparable, kill_at, said, start, wait
+from killed_runs import comparable, kill_at, said, start, wait
 from nanochat_cl import evolve, runs
 
 RESET = "--optimizer", "reset"  # the toy's Phase A has optimizer state for one rank
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    with base_directory(tmp_path_factory.mktemp("base")) as base:
-        yield base
 
 
 def keep_everything(out: Path):

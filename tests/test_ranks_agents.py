@@ -4,7 +4,7 @@ import socket
 import time
 
 import toy_phase_a
-from killed_runs import base_directory, comparable, said, start, wait
+from killed_runs import comparable, said, start, wait
 from nanochat_cl import runs
 from tests import toy_pretraining as toy
 
@@ -12,7 +12,7 @@ RESET = "--optimizer", "reset"  # the toy's Phase A has optimizer state for one 
 
 
 def test_two_agents_as_on_two_machines_stop_on_sigterm_with_their_state_and_end_as_two_processes_do(tmp_path):
-    with base_directory(tmp_path) as base:
+    with toy_phase_a.base_directory(tmp_path) as base:
         assert wait(start("alone", base, *RESET, ranks=2)) == [0, 0], said(base, "alone")
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

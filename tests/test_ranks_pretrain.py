@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from killed_runs import base_directory, said, start, wait
+from killed_runs import said, start, wait
 from nanochat_cl import pretrain, upstream
 from tests import toy_pretraining as toy
 
@@ -18,12 +18,6 @@ PRETRAIN = [*(flag for flag in toy.FLAGS if not flag.startswith(("--max-seq", "-
             "--total-batch-size=256", "--eval-every=1", "--eval-tokens=256", "--save-every=-1", "--num-iterations=16",
             "--device-batch-size=4"]
 T, ROWS = 32, 4
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    with base_directory(tmp_path_factory.mktemp("base")) as base:
-        yield base
 
 
 @pytest.fixture(scope="module")

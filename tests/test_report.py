@@ -31,7 +31,7 @@ def bare(tmp_path_factory):
         rows = synthetic.records(seeds=(seed,), milestones=5)
         for r in rows:
             for key in ("blocks", "floor", "facts", "plasticity", "update_ratio", "tier", "recall", "constant_share", "lr_mult", "train_s",
-                        "update_s", "data_s", "eval_s", "checkpoint_s", "flops", "mfu", "peak_memory_bytes", "subdomain"):
+                        "update_s", "data_s", "eval_s", "checkpoint_s", "flops", "subdomain"):
                 r.pop(key, None)
         folders.append(synthetic.write(tmp_path_factory.mktemp("bare") / f"run{seed}", rows))
     report.main(list(map(str, folders)))

@@ -11,16 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from killed_runs import base_directory, comparable, kill_at, said, start, until, wait
+from killed_runs import comparable, kill_at, said, start, until, wait
 from nanochat_cl import evolve, files, runs
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    with base_directory(tmp_path_factory.mktemp("base")) as base:
-        yield base
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """A whole base directory at toy size, made in a second: tokenizer, corpora and Phase A checkpoints that learned a few steps."""
+import os
 import random
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,3 +76,14 @@ def checkpoint(base: Path, name: str, tokenizer, seed: int = 42, steps: int = 3)
     files.write_json(place / "phase_a.json", {"arm": name, "seed": seed, "step": steps, "tokens": steps * batch_tokens,
                                               "flops": steps * batch_tokens * accounting.flops_per_token(config), "seconds": 1.0})
     return place
+
+
+@contextmanager
+def base_directory(place: Path):
+    """A toy base directory, for this process and those forked from it."""
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(place)
+    torch.compiler.set_stance("force_eager")
+    yield make(place)
+    torch.compiler.set_stance("default")
+    os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
