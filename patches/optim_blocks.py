@@ -22,18 +22,16 @@ SIGNATURE = ("self", "group", "info", "gather_list", "rank")
 def block_step(kernel, group):
     """`kernel` (nanochat's muon_step_fused) for stacks (K, G, b, n) of one parameter group."""
     def step(grads, params, momentum, second, momentum_t, lr_t, wd_t, beta2_t, ns_steps, red_dim):
-        moves = grads.flatten(-2).any(-1)[..., None, None] if group["isolate"] else torch.ones_like(grads[..., :1, :1], dtype=torch.bool)
-        scale = group.get("block_scale")
-        if scale is not None:
-            scale = torch.tensor(scale, device=params.device, dtype=params.dtype)[:, None, None]
-            moves = moves & (scale > 0)
-        before = [t.clone() for t in (params, momentum, second)]
+        factor = torch.tensor(group.get("block_scale") or [1.0], device=params.device).expand(params.shape[:2])     # (K, G)
+        if group["isolate"]:
+            factor = factor * grads.flatten(-2).any(-1)
+        still, slowed = ((f := factor == 0).nonzero(as_tuple=True)), ((factor != 1) & ~f).nonzero(as_tuple=True)
+        kept, before = [t[still] for t in (params, momentum, second)], params[slowed]
         lr = torch.full_like(lr_t, group["lr"])  # upstream's own factor for tall matrices doesn't apply, see gpt_optimizer
         kernel(*(t.flatten(0, 1) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * group["decay"], beta2_t, ns_steps, -1)
-        if scale is not None:
-            params.copy_(torch.where(scale == 1, params, before[0].lerp(params, scale)))
-        for now, old in zip((params, momentum, second), before):
-            now.copy_(torch.where(moves, now, old))
+        params[slowed] = before.lerp(params[slowed], factor[slowed].to(params.dtype)[:, None, None])
+        for now, old in zip((params, momentum, second), kept):
+            now[still] = old
     return step
 
 

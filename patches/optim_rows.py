@@ -17,11 +17,12 @@ SIGNATURE = ("self", "group", "info", "gather_list", "rank", "world_size")
 def row_step(kernel, pieces):
     """`kernel` (nanochat's adamw_step_fused), undone where a whole row, or one of its `pieces`, of the gradient (N, n) is zero."""
     def step(p, grad, exp_avg, exp_avg_sq, *scalars):
-        moves = grad.unflatten(-1, (pieces, -1)).any(-1, keepdim=True).expand(-1, -1, grad.shape[-1] // pieces).flatten(1)
-        before = [t.clone() for t in (p, exp_avg, exp_avg_sq)]
+        still = (~grad.unflatten(-1, (pieces, -1)).any(-1)).nonzero(as_tuple=True)              # (row, piece) of each
+        tensors = [t.unflatten(-1, (pieces, -1)) for t in (p, exp_avg, exp_avg_sq)]
+        kept = [t[still] for t in tensors]
         kernel(p, grad, exp_avg, exp_avg_sq, *scalars)
-        for now, old in zip((p, exp_avg, exp_avg_sq), before):
-            now.copy_(torch.where(moves, now, old))
+        for now, old in zip(tensors, kept):
+            now[still] = old
     return step
 
 
