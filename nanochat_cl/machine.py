@@ -29,6 +29,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def short(count: float) -> str:
+    """412k, 31.5M."""
+    size, letter = next(((size, letter) for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= size), (1, ""))
+    return f"{count / size:.1f}".removesuffix(".0") + letter
+
+
 def prepare() -> None:
     """What torch and nanochat read only once: call it before they are imported."""
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names of collectives that upstream uses have younger ones

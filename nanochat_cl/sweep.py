@@ -155,7 +155,7 @@ def plan(args: argparse.Namespace, base: Path, jobs: list[Job]) -> None:
         hours, disk = hours + tokens / speed / 3600, disk + STATE_BYTES * size * sum(runs.KEEP + 1 if job.recipe else 1 for job in mine)
         machine.say(f"sweep | {a}: {size / 1e6:,.2f}M parameters, {len(mine)} runs, {tokens / 1e6:,.1f}M tokens, {tokens * flops:.2e} "
                     f"FLOPs, {(STATE_BYTES + 4) * size / 2**30:.2f} GiB of memory and activations, "
-                    + (f"{tokens / speed / 3600:.2f} h at {evolve.short(speed)} tok/s" if speed > 0 else "hours unknown (--tok-per-s)"))
+                    + (f"{tokens / speed / 3600:.2f} h at {machine.short(speed)} tok/s" if speed > 0 else "hours unknown (--tok-per-s)"))
     known = f"about {hours / args.jobs:.2f} h and evaluation" if hours >= 0 else "time known after the first run"
     machine.say(f"sweep | {len(jobs)} runs, {len(missing)} to do, {args.jobs} at once, {disk / 2**30:.1f} GiB of disk, {known}")
 

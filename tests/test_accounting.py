@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat_cl import accounting, arms, patching, routing
-from nanochat_cl.command import UserError
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import toy_phase_a
-from nanochat_cl import accounting, evolve, files, patching, runs
+from nanochat_cl import accounting, evolve, files, patching, phase_b, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.stream import Stream
 from nanochat_cl.upstream import REPO
@@ -39,10 +39,10 @@ def tokenizer(base):
 
 
 def test_milestones_are_snapped_to_the_next_whole_step_and_hold_both_ends():
-    assert evolve.milestones(steps=10, batch_tokens=256, milestone_tokens=1000) == [0, 4, 8, 10]
-    assert evolve.milestones(steps=128, batch_tokens=8192, milestone_tokens=131072) == list(range(0, 129, 16))
-    assert evolve.milestones(steps=3, batch_tokens=100, milestone_tokens=10) == [0, 1, 2, 3]
-    assert evolve.milestones(steps=3, batch_tokens=100, milestone_tokens=1000) == [0, 3]
+    assert phase_b.milestones(steps=10, batch_tokens=256, milestone_tokens=1000) == [0, 4, 8, 10]
+    assert phase_b.milestones(steps=128, batch_tokens=8192, milestone_tokens=131072) == list(range(0, 129, 16))
+    assert phase_b.milestones(steps=3, batch_tokens=100, milestone_tokens=10) == [0, 1, 2, 3]
+    assert phase_b.milestones(steps=3, batch_tokens=100, milestone_tokens=1000) == [0, 3]
 
 
 def test_every_arm_has_a_record_at_every_milestone_and_its_figures_agree(both):
@@ -148,7 +148,7 @@ def test_frozen_shared_moves_only_mlps_and_routed_heads_and_a_budget_leaves_more
 
 def test_light_milestones_ask_less_and_a_warning_says_when_they_take_too_long(base, capsys, monkeypatch):
     for most, warnings in ((0.0, 1), (1e9, 0)):
-        monkeypatch.setattr(evolve, "MAX_EVAL_SHARE", most)
+        monkeypatch.setattr(phase_b, "MAX_EVAL_SHARE", most)
         records = run(base, f"tiers{warnings}", "--arms", "dense", "--max-tokens", "1792", "--milestone-tokens", "256")
         assert [r["tier"] for r in records] == ["full", "full", "full", "light", "full", "light", "light", "full"]
         assert all(("facts" in r, "plasticity" in r) == (r["tier"] == "full",) * 2 and r["floor"] and r["recall"] for r in records)
@@ -189,8 +189,8 @@ def test_what_is_within_the_floor_guard_is_the_best_domain_score_of_those_that_l
     rows = [{"arm": "a", "milestone": i, "domain": {"val": {"bpb": domain}}, "general": {"val": {"bpb": general}}}
             for i, (domain, general) in enumerate([(2.0, 1.0), (1.5, 1.125), (1.25, 1.25), (1.75, 0.5)])]
     other = {**rows[1], "arm": "b", "milestone": 9}
-    assert [evolve.within([other, *rows], "a", bound)["milestone"] for bound in (0, 0.125, 0.2, 0.25)] == [3, 1, 1, 2]
-    assert evolve.within(rows[:3], "a", 0.1)["milestone"] == 0, "Phase A itself"
+    assert [phase_b.within([other, *rows], "a", bound)["milestone"] for bound in (0, 0.125, 0.2, 0.25)] == [3, 1, 1, 2]
+    assert phase_b.within(rows[:3], "a", 0.1)["milestone"] == 0, "Phase A itself"
 
 
 def test_a_cooled_schedule_shows_in_the_records(base):
@@ -201,7 +201,7 @@ def test_a_cooled_schedule_shows_in_the_records(base):
 
 def test_training_goes_on_while_a_state_is_written_and_the_records_follow_it(base, both, monkeypatch):
     going_on, seen, held = threading.Event(), [], {}
-    write_part, train = runs.write_part, evolve.Run.train
+    write_part, train = runs.write_part, phase_b.PhaseB.train
 
     def waiting(folder, step, state):
         held[step] = state
@@ -214,7 +214,7 @@ def test_training_goes_on_while_a_state_is_written_and_the_records_follow_it(bas
             going_on.set()
         train(self)
     monkeypatch.setattr(runs, "write_part", waiting)
-    monkeypatch.setattr(evolve.Run, "train", training)
+    monkeypatch.setattr(phase_b.PhaseB, "train", training)
     records = run(base, "overlapped")
     assert seen == [([], False)], "what is not written yet counts already"
     assert [(r["arm"], r["step"], r["domain"]) for r in records] == [(r["arm"], r["step"], r["domain"]) for r in both]
@@ -278,7 +278,7 @@ BAD = {"an unknown arm": (["--arms", "dense,cll"], "cll.*expected one of dense, 
        "a stream too short": (["--max-tokens", "10000000"], "stream holds .* --repeat"),
        "an unknown schedule": (["--schedule", "random"], "cyclic.*random"),
        "an unknown domain": (["--domain", "nothing"], "nothing.*nanochat_cl.domain"),
-       "a missing checkpoint": (["--seed", "7"], r"d2_dense_s7.*python -m nanochat_cl.pretrain --profile cpu --seed 7 --depth 2 --arm dense"),
+       "a missing checkpoint": (["--seed", "7"], r"d2_dense_s7.*python -m nanochat_cl.pretrain --profile cpu --arm dense --seed 7 --depth 2"),
        "an unreadable rule": (["--plasticity", "frozen"], "frozen"),
        "a claim where choices are made": (["--domain", "python", "--confirmatory"], "on python everything is.*another --domain"),
        "a negative rate": (["--lr-mult", "-1"], "lr-mult")}
@@ -377,12 +377,12 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_disk_that_fills_during_the_run_stops_it_before_the_next_state_is_begun(base, monkeypatch):
-    train = evolve.Run.train
+    train = phase_b.PhaseB.train
 
     def training(self):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12 if self.state["step"] < 2 else 1000))
         train(self)
-    monkeypatch.setattr(evolve.Run, "train", training)
+    monkeypatch.setattr(phase_b.PhaseB, "train", training)
     with pytest.raises(UserError, match="1,000 free") as error:
         run(base, "filling", "--arms", "dense")
     folder = base / "evolve/filling"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import toy_phase_a
 from killed_runs import comparable
-from nanochat_cl import evolve, files, growth, patching, routing, runs
+from nanochat_cl import evolve, files, growth, patching, phase_b, routing, runs
 from nanochat_cl.command import UserError
 from tests.tiny_cl import SIZES, build, tokens, train
 
@@ -193,14 +193,14 @@ def test_a_run_that_was_stopped_continues_with_what_was_released(base, monkeypat
     """Milestones at steps 0, 4, 8 and 10: three blocks at each. Stopped at step 6, it ends with the records and weights of one left alone."""
     more = ("--release", "3", "--newcomers", "passages", "--weight-decay", "0.1")
     run("whole", *more)
-    train_, stop_at = evolve.Run.train, [6]
+    train_, stop_at = phase_b.PhaseB.train, [6]
 
     def train_once(self):
         if self.state["step"] in stop_at:
             stop_at.clear()
             raise KeyboardInterrupt
         train_(self)
-    monkeypatch.setattr(evolve.Run, "train", train_once)
+    monkeypatch.setattr(phase_b.PhaseB, "train", train_once)
     with pytest.raises(KeyboardInterrupt):
         run("halves", *more)
     saved = runs.load_state(base / "evolve/halves", torch.device("cpu"))

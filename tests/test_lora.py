@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import toy_phase_a
-from nanochat_cl import evolve, files, lora, runs
+from nanochat_cl import evolve, files, lora, phase_b, runs
 
 RANK = 4
 
@@ -102,14 +102,14 @@ def test_the_arm_learns_freezes_phase_a_and_continues_from_a_state_to_the_same_r
     def run(name: str, stop_after: int | None = None):
         args = evolve.parse([*toy_phase_a.ARGS, "--name", name, "--arms", "dense,dense-lora", "--max-tokens", "1536"])
         if stop_after is not None:
-            before = evolve.Run.train
+            before = phase_b.PhaseB.train
 
             def train(self):
                 if self.state["step"] == stop_after:
                     raise KeyboardInterrupt
                 before(self)
             with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-                m.setattr(evolve.Run, "train", train)
+                m.setattr(phase_b.PhaseB, "train", train)
                 evolve.evolve(args)
         evolve.evolve(args)
         rows = files.read_jsonl(base / "evolve" / name / "records.jsonl")

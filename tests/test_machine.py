@@ -1,6 +1,5 @@
 """nanochat_cl.machine: what it finds and what it sets. `prepare` runs in its own process: it has to come before torch."""
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path

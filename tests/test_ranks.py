@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from killed_runs import comparable, kill_at, said, start, wait
-from nanochat_cl import evolve, runs
+from nanochat_cl import phase_b, runs
 
 RESET = "--optimizer", "reset"  # the toy's Phase A has optimizer state for one rank
 
@@ -17,14 +17,14 @@ RESET = "--optimizer", "reset"  # the toy's Phase A has optimizer state for one 
 def keep_everything(out: Path):
     """Planted in a rank: what it holds after every save goes to `out`. The counters `usage` of the last step are a rank's own until summed."""
     def plant() -> None:
-        save = evolve.Run.save
+        save = phase_b.PhaseB.save
 
         def saved(self) -> None:
             save(self)
             torch.save({learner.name: {"weights": dict(learner.model.named_parameters()), "counts": learner.used, "losses": learner.losses,
                                        "buffers": {k: v for k, v in learner.model.named_buffers() if not k.endswith("usage")}} for learner in self.learners},
                        out / f"{self.state['step']}_{runs.ranks()[0]}_{runs.ranks()[1]}.pt")
-        evolve.Run.save = saved
+        phase_b.PhaseB.save = saved
     return plant
 
 
@@ -76,8 +76,8 @@ def test_a_run_of_two_ranks_killed_in_a_step_and_in_a_save_ends_with_the_same_re
 
 def hang() -> None:
     """Planted in a rank: it stops in the fifth step, for good."""
-    train = evolve.Run.train
-    evolve.Run.train = lambda self: time.sleep(600) if self.state["step"] == 5 else train(self)
+    train = phase_b.PhaseB.train
+    phase_b.PhaseB.train = lambda self: time.sleep(600) if self.state["step"] == 5 else train(self)
 
 
 def test_a_rank_that_hangs_is_named_by_the_other(base):
@@ -92,8 +92,8 @@ def test_a_rank_that_hangs_is_named_by_the_other(base):
 
 def fail() -> None:
     """Planted in a rank: its fifth step is a mistake of the program."""
-    train = evolve.Run.train
-    evolve.Run.train = lambda self: torch.ones(2, 3) @ torch.ones(2, 3) if self.state["step"] == 5 else train(self)
+    train = phase_b.PhaseB.train
+    phase_b.PhaseB.train = lambda self: torch.ones(2, 3) @ torch.ones(2, 3) if self.state["step"] == 5 else train(self)
 
 
 def test_the_rank_that_makes_a_mistake_shows_it_and_the_other_names_that_rank(base):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from killed_runs import comparable, kill_at, said, start, until, wait
-from nanochat_cl import evolve, files, runs
+from nanochat_cl import files, phase_b, runs
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
@@ -95,11 +95,11 @@ def test_a_complete_run_is_left_alone(base, reference):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def at_step(step: int, act: Callable[[evolve.Run], None]) -> Callable[[], None]:
+def at_step(step: int, act: Callable[[phase_b.PhaseB], None]) -> Callable[[], None]:
     """What plants `act` before that step of a run."""
     def plant() -> None:
-        train = evolve.Run.train
-        evolve.Run.train = lambda self: (self.state["step"] == step and act(self), train(self))
+        train = phase_b.PhaseB.train
+        phase_b.PhaseB.train = lambda self: (self.state["step"] == step and act(self), train(self))
     return plant
 
 
@@ -133,7 +133,7 @@ def test_what_stops_a_run_right_after_a_milestone_leaves_the_state_of_that_miles
 
 def test_a_batch_that_never_comes_stops_the_run_and_is_named(base, reference):
     def stall(run) -> None:
-        evolve.STALLED_S, run.stream.batch = 2.0, lambda step: time.sleep(600)
+        phase_b.STALLED_S, run.stream.batch = 2.0, lambda step: time.sleep(600)
     assert wait(start("stalled", base, planted={0: at_step(5, stall)})) == [1], said(base, "stalled")
     line = said(base, "stalled").splitlines()[-1]
     assert re.fullmatch(r"evolve \| stopped at step 5 \(1,280 tokens\): rank 0 waited 2 s for its data; the batch is 8 rows from \w+ token "

@@ -1,9 +1,7 @@
 """nanochat_cl.routing: what a decision may depend on, and that training, prefill and cached decoding make the same one."""
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from nanochat_cl import patching, routing
