@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat_cl.crossover import FLOOR_BPB, PARTS, compare, criteria, over_seeds, slope, verdict
+from nanochat_cl.crossover import FLOOR_BPB, PARTS, compare, criteria, slope, verdict
+from nanochat_cl.estimates import over_seeds
 from nanochat_cl.seeds import seed_for
 
 VERDICTS = ("SUPPORTED", "PARTLY", "DOMINATES", "NOT SUPPORTED", "INCONCLUSIVE")
