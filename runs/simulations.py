@@ -66,7 +66,7 @@ def rates(family: Family, seeds: int, sd: float, sims: int = 2000) -> dict[str, 
     rng = np.random.default_rng(seed_for(0, f"simulate/{family.name}/{seeds}/{sd}"))
     x = compare(**simulate(family, sims, seeds, rng, sd))
     parts = criteria(*map(over_seeds, (x["d"], x["beyond"], x["floor"], slope(x["d"]))))
-    failed = ["trials"] if family.recipes[0] > family.recipes[1] else []
+    failed = ["equal trials"] if family.recipes[0] > family.recipes[1] else []
     words = [verdict({k: v[i] for k, v in parts.items()}, seeds, failed)[0] for i in range(sims)]
     return {p: float((parts[p] > 0).mean()) for p in PARTS} | {w: words.count(w) / sims for w in VERDICTS}
 
