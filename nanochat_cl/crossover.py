@@ -41,11 +41,18 @@ def picked(x: np.ndarray, recipe: np.ndarray) -> np.ndarray:
     return np.take_along_axis(x, recipe[..., None, None, :], -3)[..., 0, :, :]
 
 
+def slope(x: np.ndarray) -> np.ndarray:
+    """Least-squares slope of x (..., M) over the second half of the run, per length of the run -> (..., 1)."""
+    m = x.shape[-1]
+    t = np.arange(m // 2, m) - (m // 2 + m - 1) / 2
+    return (x[..., m // 2:] @ t / max(t @ t, 1) * max(m - 1, 1))[..., None]
+
+
 def compare(dense_val, dense_test, dense_general, cl_val, cl_test, cl_general, eligible=True) -> dict[str, np.ndarray]:
     """
-    Scores (..., R, S, M) of the dense recipes and of Model-CL's -> d (..., S, M); beyond, floor and start (general text at milestone 0),
-    each (..., S, 1); and the choices, all made on val: dense_at (..., M), limit_at (..., 2) = (recipe, milestone), cl_at (..., 1).
-    eligible (R, M): may serve as the limit.
+    Scores (..., R, S, M) of the dense recipes and of Model-CL's -> d (..., S, M); its trend, beyond, floor and start (general text at
+    milestone 0), each (..., S, 1); and the choices, all made on val: dense_at (..., M), cl_at (..., 1) and limit_at (..., 2) = (recipe,
+    milestone). eligible (R, M): may serve as the limit.
     """
     val = dense_val.mean(-2)                                                        # (..., R, M)
     dense_at, cl_at = val.argmax(-2), cl_val.mean(-2)[..., -1:].argmax(-2)
@@ -55,16 +62,10 @@ def compare(dense_val, dense_test, dense_general, cl_val, cl_test, cl_general, e
     cl = picked(cl_test, cl_at)
     ours, theirs = picked(cl_general, cl_at), picked(dense_general, dense_at[..., -1:])
     lost = lambda general: general[..., :1] - general[..., -1:]
-    return dict(d=cl - picked(dense_test, dense_at), beyond=cl[..., -1:] - limit, floor=lost(ours) - lost(theirs),
+    d = cl - picked(dense_test, dense_at)
+    return dict(d=d, trend=slope(d), beyond=cl[..., -1:] - limit, floor=lost(ours) - lost(theirs),
                 start=ours[..., :1] - picked(dense_general, dense_at[..., :1])[..., :1],
                 dense_at=dense_at, limit_at=limit_at, cl_at=cl_at)
-
-
-def slope(x: np.ndarray) -> np.ndarray:
-    """Least-squares slope of x (..., M) over the second half of the run, per length of the run -> (..., 1)."""
-    m = x.shape[-1]
-    t = np.arange(m // 2, m) - (m // 2 + m - 1) / 2
-    return (x[..., m // 2:] @ t / max(t @ t, 1) * max(m - 1, 1))[..., None]
 
 
 def lasting(mean: np.ndarray) -> np.ndarray:
@@ -170,15 +171,13 @@ def estimated_over_documents(c: Curves, x: dict, cl: int, at: np.ndarray, limit:
 
 def assess(records: list[dict], arm: str = "cl") -> dict:
     """The certificate of a set of records, as it is written to crossover.json; `arm` is the one that is Model-CL."""
-    arms = sorted({r["arm"] for r in records})
-    if arm not in arms or not any(a.startswith("dense") for a in arms):
-        raise UserError(f"a comparison needs a dense arm and {arm}, the records hold {', '.join(arms)}: run evolve with both (or --arm)")
     c = paired(records)
     dense = [i for i, (name, _) in enumerate(c.runs) if name.startswith("dense")]
     mine = [i for i, (name, _) in enumerate(c.runs) if name == arm]
+    if not dense or not mine:
+        raise UserError(f"a comparison needs a dense arm and {arm}, the records hold {', '.join(c.names)}: run evolve with both (or --arm)")
     eligible = c.field("epoch")[dense].max(1) <= MAX_EPOCHS
     x = compare(c.val[dense], c.test[dense], c.general[dense], c.val[mine], c.test[mine], c.general[mine], eligible)
-    x["trend"] = slope(x["d"])
     cl, at = mine[x["cl_at"][0]], np.array(dense)[x["dense_at"]]                    # numbers of runs; at (M,)
     limit, limit_m = dense[x["limit_at"][0]], int(x["limit_at"][1])
 
@@ -193,8 +192,8 @@ def assess(records: list[dict], arm: str = "cl") -> dict:
     d, stays = e["d"], lasting(e["d"].mean)
     k = int(stays.argmax())                                                        # the first milestone above for good, 0 if there is none
     around = slice(k - 1, k + 1)
-    band = Estimate(d.mean, d.band, d.band)
-    numbers = dict(gap=number(d), crossing=number(band, -1), limit=number(e["beyond"]), floor=number(e["floor"]))
+    end = number(Estimate(d.mean, d.band, d.band), -1)
+    numbers = dict(gap=number(d), crossing=end, limit=number(e["beyond"]), floor=number(e["floor"]))
     out = dict(
         verdict=word, holds=holds, missing=missing, arm=arm, cl=c.names[cl], seeds=c.seeds, tokens=c.tokens.tolist(),
         confirmatory=found["confirmatory data"][0] == found["exercised isolation"][0] == "pass",
