@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from nanochat_cl.crossover import MIN_IDLE_SHARE, Curves
+from nanochat_cl.crossover import MIN_IDLE_SHARE
+from nanochat_cl.curves import Curves
 
 INK, RED, GREY = "#1f2933", "#b3361b", "#7b8794"
 MINUS = "\N{MINUS SIGN}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from nanochat_cl import crossover, figures, files, metrics
+from nanochat_cl import crossover, curves, figures, files, metrics
 from nanochat_cl.command import run
 from nanochat_cl.runs import differences
 
@@ -67,7 +67,7 @@ def quantity(x: float | None) -> str:
     return text.replace("-", figures.MINUS)
 
 
-def ledger(c: crossover.Curves, records: list[dict]) -> dict[str, dict]:
+def ledger(c: curves.Curves, records: list[dict]) -> dict[str, dict]:
     """What every run reached by the last milestone and what it cost, mean over seeds; None where it was not recorded."""
     out = {}
     for i, (arm, recipe) in enumerate(c.runs):
@@ -81,7 +81,7 @@ def ledger(c: crossover.Curves, records: list[dict]) -> dict[str, dict]:
     return out
 
 
-def at_equal_score(c: crossover.Curves, shown: list[int]) -> list[list[str]]:
+def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
     """
     Rows of what each run had lost, in bpb, when its domain score on val first came to the best one that all the compared runs reach: means
     over seeds, interpolated between milestones; facts and floor probes between those that asked both. Facts / floor is the selectivity.
@@ -131,7 +131,7 @@ def verdict(v: dict, runs: dict[str, dict]) -> list[str]:
         section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
 
 
-def page(c: crossover.Curves, shown: list[int], result: dict, config: dict, samples: list[dict]) -> str:
+def page(c: curves.Curves, shown: list[int], result: dict, config: dict, samples: list[dict]) -> str:
     """The HTML of the report."""
     v, runs, probes = result["certificate"], result["ledger"], []
     for group in ("floor", "facts", "questions"):
@@ -176,9 +176,9 @@ def page(c: crossover.Curves, shown: list[int], result: dict, config: dict, samp
 
 def report(run_dirs: list[str], arm: str = "cl") -> dict:
     """Write every output of the report to the first directory; the content of result.json is returned."""
-    records, out = crossover.load(run_dirs), Path(run_dirs[0])
+    records, out = curves.load(run_dirs), Path(run_dirs[0])
     v = crossover.certify(run_dirs, arm) if len({r["arm"] for r in records}) > 1 else None
-    c = crossover.curves(records)
+    c = curves.paired(records)
     shown = [c.names.index(name) for name in (v["curves"]["dense_run"][-1], v["cl"])] if v else [int(c.val[..., -1].mean(1).argmax())]
     result = dict(verdict=v and v["verdict"], sentence=v["sentence"] if v else "one arm: nothing to compare",
                   ledger=ledger(c, records), certificate=v, runs=[str(d) for d in run_dirs])

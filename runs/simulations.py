@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat_cl.crossover import FLOOR_BPB, PARTS, compare, criteria, over_seeds, slope, verdict
+from nanochat_cl.crossover import FLOOR_BPB, PARTS, compare, criteria, verdict
+from nanochat_cl.estimates import over_seeds
 from nanochat_cl.seeds import seed_for
 
 VERDICTS = ("SUPPORTED", "PARTLY", "DOMINATES", "NOT SUPPORTED", "INCONCLUSIVE")
@@ -64,8 +65,8 @@ def rates(family: Family, seeds: int, sd: float, sims: int = 2000) -> dict[str, 
     """How often each part passes and each verdict is given, in `sims` simulated runs that pass every check they can."""
     rng = np.random.default_rng(seed_for(0, f"simulate/{family.name}/{seeds}/{sd}"))
     x = compare(**simulate(family, sims, seeds, rng, sd))
-    parts = criteria(*map(over_seeds, (x["d"], x["beyond"], x["floor"], slope(x["d"]))))
-    failed = ["trials"] if family.recipes[0] > family.recipes[1] else []
+    parts = criteria(*(over_seeds(x[name]) for name in ("d", "beyond", "floor", "trend")))
+    failed = ["equal trials"] if family.recipes[0] > family.recipes[1] else []
     words = [verdict({k: v[i] for k, v in parts.items()}, seeds, failed)[0] for i in range(sims)]
     return {p: float((parts[p] > 0).mean()) for p in PARTS} | {w: words.count(w) / sims for w in VERDICTS}
 

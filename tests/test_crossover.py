@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 import synthetic
-from nanochat_cl import crossover, files
+from nanochat_cl import crossover, curves, estimates, files
 from nanochat_cl.command import UserError
 
 CROSS = {("dense", "lr_mult=0.5"): (0.5, lambda t: -0.01 * t, 0.20), ("dense", "default"): (1.0, lambda t: 0.0, 0.25),
@@ -17,19 +17,19 @@ CLAIM = dict(seeds=(1, 2, 3), confirmatory=True, profile="gpu1", cooled=True)
 
 def flat(value):
     """An Estimate of constant numbers, exact."""
-    return crossover.Estimate(np.asarray(value, float), np.zeros(len(value)), np.zeros(len(value)))
+    return estimates.Estimate(np.asarray(value, float), np.zeros(len(value)), np.zeros(len(value)))
 
 
 # --- intervals against independent oracles
 
 @pytest.mark.parametrize("df", [1, 2, 3, 7, 10, 11, 16, 29, 200])
 def test_t_quantile_is_scipys(df):
-    assert crossover.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=2e-4)
+    assert estimates.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=2e-4)
 
 
 def test_seed_interval_is_scipys():
     x = np.random.default_rng(0).normal(size=(5, 9))
-    e, got = crossover.over_seeds(x), stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    e, got = estimates.over_seeds(x), stats.ttest_1samp(x, 0).confidence_interval(0.95)
     np.testing.assert_allclose(e.low, got.low, atol=1e-4)
     np.testing.assert_allclose(e.high, got.high, atol=1e-4)
 
@@ -37,13 +37,13 @@ def test_seed_interval_is_scipys():
 @pytest.mark.parametrize("seeds,milestones", [(3, 9), (5, 9), (8, 20)])
 def test_max_t_of_independent_milestones_is_sidaks_closed_form(seeds, milestones):
     exact = stats.t.ppf((1 + 0.95 ** (1 / milestones)) / 2, seeds - 1)
-    assert crossover.max_t(seeds, milestones) == pytest.approx(exact, rel=0.03)
-    assert crossover.max_t(seeds, milestones, 0.95) < crossover.max_t(seeds, milestones)
+    assert estimates.max_t(seeds, milestones) == pytest.approx(exact, rel=0.03)
+    assert estimates.max_t(seeds, milestones, 0.95) < estimates.max_t(seeds, milestones)
 
 
 def test_bpb_of_the_documents_is_the_bpb_of_the_records():
     rows = synthetic.records()
-    c = crossover.curves(rows)
+    c = curves.paired(rows)
     stored = c.stack(lambda r: -r["domain"]["test"]["bpb"])
     np.testing.assert_allclose(c.test, stored, rtol=1e-12)
     np.testing.assert_allclose(c.general, c.stack(lambda r: -r["general"]["test"]["bpb"]), rtol=1e-12)
@@ -54,8 +54,8 @@ def test_document_interval_covers_the_truth_of_the_population():
     size = np.full(24, 1000.0)
     for _ in range(400):
         nats = r.normal(0.1, 1, 24) * 1000 * np.log(2)
-        point = crossover.scores(nats[None], size, owner)
-        e = crossover.over_documents(point, crossover.scores(nats[None], size, owner, crossover.resample(owner, r, 300)))
+        point = curves.scores(nats[None], size, owner)
+        e = estimates.over_documents(point, curves.scores(nats[None], size, owner, estimates.resample(owner, r, 300)))
         hits += bool(e.low[0] <= -0.1 <= e.high[0])
     assert 0.90 <= hits / 400 <= 0.985, hits / 400
 
@@ -174,7 +174,7 @@ def test_replay_controls_may_see_other_batches():
     rows = synthetic.records(CROSS | {("dense", "replay=0.05"): (1.0, lambda t: 0.0, 0.1)}, seeds=(1, 2))
     for r in rows:
         r["stream_hash"] += "5" * (r["recipe"] == "replay=0.05")
-    assert ("dense", "replay=0.05") in crossover.curves(rows).runs
+    assert ("dense", "replay=0.05") in curves.paired(rows).runs
 
 
 # --- bad input
@@ -228,7 +228,7 @@ def test_a_missing_and_a_torn_file_end_with_status_2_and_one_line(tmp_path):
 def test_the_same_run_named_twice_is_refused(tmp_path):
     run = synthetic.write(tmp_path / "run", synthetic.records(milestones=4))
     with pytest.raises(UserError, match="two of the runs"):
-        crossover.load([run, run])
+        curves.load([run, run])
 
 
 def test_runs_are_pooled_over_seeds_and_the_certificate_is_plain_json(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import synthetic
-from nanochat_cl import crossover, figures, report
+from nanochat_cl import crossover, curves, figures, report
 
 CONFIG = dict(argv=["python", "-m", "nanochat_cl.evolve", "--arms", "dense,cl"], profile="cpu", seed=42, commit="0123abc",
               arms=dict(dense=dict(cl=None, depth=4), cl=dict(cl=dict(blocks=16), depth=4)))
@@ -110,7 +110,7 @@ def test_one_arm_alone_has_its_curves_and_costs_and_no_verdict(tmp_path):
 
 def test_what_is_lost_at_equal_domain_score_is_read_off_the_curves_between_milestones():
     rows = synthetic.records(milestones=5, sd=0.0, gap=lambda t: -0.2)     # cl never comes to dense's end, so its own best is the target
-    c = crossover.curves(rows)
+    c = curves.paired(rows)
     dense, cl = report.at_equal_score(c, [0, 1])
     val = c.val[:, 0]
     assert val[1].max() == val[1, -1] and cl[1] == f"{c.tokens[-1] / 1e6:.4f}" and cl[2] == f"{c.general[1, 0, 0] - c.general[1, 0, -1]:.4f}"
@@ -127,12 +127,12 @@ def test_what_is_lost_at_equal_domain_score_is_read_off_the_curves_between_miles
     ratio, low, high = map(float, re.findall(r"[\d.]+", dense[5]))
     assert ratio == pytest.approx(float(dense[3]) / float(dense[4]), abs=0.01) and low < ratio < high
     ends = {("dense", "default"): (1.0, lambda t: 0.0, .2), ("cl", "default"): (1.0, lambda t: 0.02, .2), ("cl", "lr_mult=0.1"): (.1, lambda t: -.3, .1)}
-    assert report.at_equal_score(crossover.curves(synthetic.records(ends, milestones=5)), [0, 1])[2][1] == "not reached"
+    assert report.at_equal_score(curves.paired(synthetic.records(ends, milestones=5)), [0, 1])[2][1] == "not reached"
 
 
 def test_the_front_and_the_optimum_of_the_sweep_are_drawn():
     arms = {("dense", f"lr_mult={lr}"): (lr, lambda t, best=best: best * t, lost) for lr, best, lost in ((.1, -.05, .1), (.2, 0.0, .2), (.5, -.03, .3))}
-    c = crossover.curves(synthetic.records(arms | {("cl", "default"): (1.0, lambda t: -.1, .4)}, milestones=5))
+    c = curves.paired(synthetic.records(arms | {("cl", "default"): (1.0, lambda t: -.1, .4)}, milestones=5))
     pareto, sweep = figures.recipes(c, [1, 3]).axes
     line = next(line for line in pareto.lines if line.get_label() == "front")
     x, y = line.get_xdata(), line.get_ydata()
@@ -141,7 +141,7 @@ def test_the_front_and_the_optimum_of_the_sweep_are_drawn():
     assert all(any(fx >= gain and fy <= lost for fx, fy in zip(x, y)) for gain, lost in points), "nothing is beyond the front"
     (ring,) = [line for line in sweep.lines if line.get_markersize() > 10]
     assert ring.get_xdata() == [0.2] and ring.get_ydata() == [-c.val[1].max()] and sweep.get_xscale() == "log"
-    assert "not swept" in figures.recipes(crossover.curves(synthetic.records(milestones=3)), [0, 1]).axes[1].get_title()
+    assert "not swept" in figures.recipes(curves.paired(synthetic.records(milestones=3)), [0, 1]).axes[1].get_title()
 
 
 def test_probes_have_bpb_first_and_centred_accuracy(full):
@@ -156,7 +156,7 @@ def test_recipes_and_controls_share_one_ledger():
     arms = {("dense", "default"): (1.0, lambda t: 0.0, 0.25), ("cl", "default"): (1.0, lambda t: -0.03 + 0.08 * t, 0.15),
             ("dense", "lr_mult=0.5"): (0.5, lambda t: 0.02 * t, 0.2), ("dense-rows", "default"): (1.0, lambda t: 0.0, 0.2)}
     rows = synthetic.records(arms, seeds=(1, 2, 3), milestones=6, docs=3)
-    ledger = report.ledger(crossover.curves(rows), rows)
+    ledger = report.ledger(curves.paired(rows), rows)
     assert list(ledger) == ["dense/default", "dense/lr_mult=0.5", "dense-rows/default", "cl/default"]
     best = min(list(ledger)[:3], key=lambda name: ledger[name]["domain bpb, val"])
     assert crossover.assess(rows)["dense_limit"]["run"] == best == "dense/lr_mult=0.5"

@@ -1,0 +1,105 @@
+"""
+The records of Phase B runs as arrays that can be compared: paired by seed, data order and evaluation document.
+
+score = -(domain bpb), the mean over sub-domains; a run is an arm with a recipe.
+"""
+# R runs, S seeds, M milestones, B resamples, D documents
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from nanochat_cl.command import UserError
+
+
+def load(run_dirs: list[str | Path]) -> list[dict]:
+    """All records of the runs. UserError names the file and line of what cannot be read."""
+    records: dict[tuple, dict] = {}
+    for path in (Path(d) / "records.jsonl" for d in run_dirs):
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError(f"{path} holds no record: expected a Phase B run; run nanochat_cl.evolve to its first milestone")
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                r = json.loads(line)
+                _ = r["tokens"], r["stream_hash"], r["domain"]["test"]["subdomains"], r["domain"]["val"]["bpb"], r["general"]["test"]
+                key = r["arm"], r["recipe"], r["seed"], r["milestone"]
+            except (ValueError, KeyError, TypeError) as e:
+                what = f"has no field {e}" if isinstance(e, KeyError) else "is not a whole record"
+                raise UserError(f"{path} line {number} {what}: the file was cut or edited; run the same evolve command again") from None
+            if key in records:
+                raise UserError(f"{key[0]}/{key[1]} seed {key[2]} is in two of the runs; name each run once")
+            records[key] = r
+    return list(records.values())
+
+
+def documents(r: dict, part: str) -> np.ndarray:
+    """(D, 3) nats, bytes and number of the sub-domain of a record's test documents; part is "domain" or "general"."""
+    test = r[part]["test"]
+    panels = [panel for _, panel in sorted(test["subdomains"].items())] if part == "domain" else [test]
+    return np.array([(nats, size, j) for j, panel in enumerate(panels) for nats, size in panel["docs"]], float)
+
+
+def scores(nats: np.ndarray, size: np.ndarray, owner: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """-bpb, mean over sub-domains: nats (..., D), bytes (D,), sub-domain of each (D,) -> (...), with weights (B, D) -> (B, ...)."""
+    w = np.ones(len(size)) if weights is None else weights
+    total, subdomains = 0.0, np.unique(owner)
+    for mine in (owner == j for j in subdomains):
+        spent = np.tensordot(w[..., mine], nats[..., mine], axes=(-1, -1))      # ([B,] ...)
+        total = total - (spent.T / (np.log(2) * w[..., mine] @ size[mine])).T / len(subdomains)
+    return total
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Records as arrays over runs = [(arm, recipe)] (R), dense ones first, seeds that every run has (S) and milestones (M)."""
+    runs: list[tuple[str, str]]
+    seeds: list[int]
+    at: dict[tuple, list[dict]]         # (arm, recipe, seed) -> its records by milestone
+
+    names = property(lambda self: ["/".join(name) for name in self.runs])
+    first = property(lambda self: self.at[(*self.runs[0], self.seeds[0])])                          # the records of one run
+    tokens = property(lambda self: np.array([r["tokens"] for r in self.first]))                     # (M,)
+    val = cached_property(lambda self: self.stack(lambda r: -r["domain"]["val"]["bpb"]))            # scores (R, S, M)
+    test = cached_property(lambda self: scores(*self.panel("domain")))
+    general = cached_property(lambda self: scores(*self.panel("general")))
+
+    def stack(self, value: Callable) -> np.ndarray:
+        """value(record) of every record -> (R, S, M, ...), nan for None."""
+        return np.array([[[value(r) for r in self.at[(*name, s)]] for s in self.seeds] for name in self.runs], float)
+
+    def field(self, key: str) -> np.ndarray:
+        return self.stack(lambda r: r.get(key))
+
+    def panel(self, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Nats (R, S, M, D), bytes (D,) and sub-domain (D,) of the test documents."""
+        return self.stack(lambda r: documents(r, part)[:, 0]), *documents(self.first[0], part)[:, 1:].T
+
+
+def paired(records: list[dict]) -> Curves:
+    """Arrays of the records; UserError where runs differ in milestones, stream or documents. Streams differ by intent where replay does."""
+    names = sorted({(r["arm"], r["recipe"]) for r in records}, key=lambda name: (not name[0].startswith("dense"), name))
+    at: dict[tuple, list[dict]] = {}
+    for r in sorted(records, key=lambda r: r["milestone"]):
+        at.setdefault((r["arm"], r["recipe"], r["seed"]), []).append(r)
+    seeds = [s for s in sorted({key[2] for key in at}) if all((*name, s) in at for name in names)]
+    if not seeds:
+        raise UserError(f"no seed was run in every arm and recipe ({', '.join('/'.join(n) for n in names)}); arms are paired by seed")
+    c, streams = Curves(names, seeds, at), {}
+    for name in names:
+        for s in seeds:
+            mine, who = at[(*name, s)], f"{'/'.join(name)} seed {s}"
+            if [(r["milestone"], r["tokens"]) for r in mine] != [(r["milestone"], r["tokens"]) for r in c.first]:
+                raise UserError(f"{who} has {len(mine)} milestones to {mine[-1]['tokens']:,} tokens, {c.names[0]} has {len(c.first)} "
+                                f"to {c.tokens[-1]:,}: milestones must agree; finish the run, or give both one --milestone-tokens")
+            replay = [part for part in name[1].split(",") if part.startswith("replay=")]
+            hashes = [r["stream_hash"] for r in mine]
+            if hashes != streams.setdefault((s, *replay), hashes):
+                raise UserError(f"{who} saw another stream than the other runs of this seed (their stream hashes differ): not comparable; "
+                                f"run both arms with the same data, schedule and batch")
+            for part in ("domain", "general"):
+                if any(not np.array_equal(documents(r, part)[:, 1:], documents(c.first[0], part)[:, 1:]) for r in mine):
+                    raise UserError(f"{who} was scored on other documents than {c.names[0]}: use one held-out set for all")
+    return c
