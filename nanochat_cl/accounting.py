@@ -36,16 +36,6 @@ def windows(config: Any) -> list[int]:
     return [T if pattern[i % len(pattern)] == "L" else short for i in range(c["n_layer"] - 1)] + [T]
 
 
-def additional(config: Any) -> int:
-    """Parameters that a Model-CL has beyond dense's: router rows and balances, and hidden units where it is wider. 0 for a dense config."""
-    c = _fields(config)
-    n, cl = c["n_embd"], c.get("cl")
-    if cl is None:
-        return 0
-    routers = sum(-(-routed // ROUTER_ROWS) * ROUTER_ROWS * n + routed for routed in _routed(c))
-    return c["n_layer"] * (routers + 2 * n * (cl["blocks"] * cl["block"] - 4 * n))
-
-
 def _routed(c: Mapping[str, Any]) -> list[int]:
     """Routed blocks, and routed heads where there are any, of a layer."""
     return [routed for routed in (c["cl"]["blocks"] - c["cl"]["shared"], c["n_head"] - c["cl"]["shared_heads"]) if routed]
@@ -60,9 +50,8 @@ def matmul_params(config: Any) -> int:
     """Weights that work for one token. Heads that were not chosen are multiplied by 0, not skipped, so they count."""
     c = _fields(config)
     L, n, cl = c["n_layer"], c["n_embd"], c.get("cl")
-    kv = c["n_kv_head"] * (n // c["n_head"])
+    kv, padded = c["n_kv_head"] * (n // c["n_head"]), math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
     hidden = 4 * n if cl is None else _working(cl) * cl["block"]
-    padded = math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
     return L * (2 * n * n + 2 * kv * n + 2 * hidden * n) + GATE * c["n_kv_head"] * math.ceil(L / 2) + padded * n + SMEAR
 
 
@@ -70,11 +59,18 @@ def params(config: Any) -> dict[str, int]:
     """{"total", "active"}: all parameters, and those without the blocks that a token leaves idle."""
     c = _fields(config)
     L, n, cl = c["n_layer"], c["n_embd"], c.get("cl")
-    padded = math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
-    tables = padded * n + math.ceil(L / 2) * padded * c["n_kv_head"] * (n // c["n_head"])
-    dense = matmul_params({**c, "cl": None}) + tables + 2 * L + 2
-    idle = 0 if cl is None else L * 2 * n * cl["block"] * (cl["blocks"] - _working(cl))
-    return {"total": dense + additional(c), "active": dense + additional(c) - idle}
+    kv, padded = c["n_kv_head"] * (n // c["n_head"]), math.ceil(c["vocab_size"] / PAD_VOCAB) * PAD_VOCAB
+    active, idle = matmul_params(c) + padded * (n + math.ceil(L / 2) * kv) + 2 * L + 2, 0
+    if cl is not None:
+        active += L * sum(math.ceil(routed / ROUTER_ROWS) * ROUTER_ROWS * n + routed for routed in _routed(c))  # routers, balances
+        idle = L * 2 * n * cl["block"] * (cl["blocks"] - _working(cl))
+    return {"total": active + idle, "active": active}
+
+
+def additional(config: Any) -> int:
+    """Parameters that a Model-CL has beyond dense's: router rows and balances, and hidden units where it is wider. 0 for a dense config."""
+    c = _fields(config)
+    return params(c)["total"] - params({**c, "cl": None})["total"]
 
 
 def flops_per_token(config: Any) -> float:

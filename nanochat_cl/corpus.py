@@ -98,11 +98,19 @@ def manifest(folder: Path, asked: dict, name: str = "corpus.json") -> dict | Non
     """What a folder says of its making, None if nothing. Refuses a folder that was made otherwise."""
     if not (folder / name).is_file():
         return None
+    from nanochat_cl import runs  # torch comes with it, which the processes of `parallel` can do without
     found = files.read_json(folder / name)
-    if differs := [key for key in asked if found.get(key) != asked[key]]:
-        raise UserError(f"{folder} was made with {', '.join(f'{k} = {found.get(k)}' for k in differs)}, asked for is "
-                        f"{', '.join(f'{k} = {asked[k]}' for k in differs)}; delete the folder or use another NANOCHAT_BASE_DIR")
+    runs.check_same(folder, {key: found.get(key) for key in asked}, asked, "delete the folder or use another NANOCHAT_BASE_DIR")
     return found
+
+
+def complete(profile: str) -> dict:
+    """The manifest of the general corpus; UserError where there is none."""
+    from nanochat.dataset import DATA_DIR
+    path = Path(DATA_DIR) / "corpus.json"
+    if not path.is_file():
+        raise UserError(f"no general corpus at {DATA_DIR}; make it first: python -m nanochat_cl.corpus --profile {profile}")
+    return files.read_json(path)
 
 
 def held_out(documents: Iterable[Document], limit: float, skipped: dict, workers: int) -> dict[str, list[Document]]:
@@ -135,22 +143,24 @@ def screened(documents: Iterable[Document], overlap: Overlap, seen: set[str], dr
             yield d, shares.max()
 
 
-def prune(data_dir: Path, overlap: Overlap) -> dict[str, int]:
-    """Take the near duplicates of `overlap`'s texts out of the training shards of a complete corpus; how many there were, by group."""
-    state, pruned, left = files.read_json(data_dir / "corpus.json"), dict.fromkeys(overlap.groups, 0), 0
+def prune(overlap: Overlap) -> dict[str, dict]:
+    """
+    Take the near duplicates of `overlap`'s texts out of the training shards of a complete corpus. {"general_pruned": how many there were,
+    by group, "general_files": checksums of what is left}.
+    """
+    from nanochat.dataset import DATA_DIR
+    data_dir, pruned, left = Path(DATA_DIR), dict.fromkeys(overlap.groups, 0), 0
     for path in sorted(data_dir.glob("*.parquet"))[:-1]:
         shard = read_parquet(path)
-        shares = overlap.of([d.text for d in shard])
-        for group in shares[shares.max(axis=1) >= NEAR].argmax(axis=1):
-            pruned[overlap.groups[group]] += 1
-        keep = [d for d, share in zip(shard, shares) if share.max() < NEAR]
-        if len(keep) < len(shard):
-            write_parquet(path, keep)
-        left += len(keep)
+        kept = [d for d, _ in screened(shard, overlap, set(), pruned)]
+        if len(kept) < len(shard):
+            write_parquet(path, kept)
+        left += len(kept)
+    state = files.read_json(data_dir / "corpus.json")
     state["documents"]["train"], state["files"] = left, checksums(data_dir)
-    state["dropped"] |= {name: state["dropped"].get(name, 0) + count for name, count in pruned.items()}
+    state["dropped"] |= {group: state["dropped"].get(group, 0) + count for group, count in pruned.items()}
     files.write_json(data_dir / "corpus.json", state)
-    return pruned
+    return {"general_pruned": pruned, "general_files": state["files"]}
 
 
 def main(argv: list[str] | None = None) -> None:

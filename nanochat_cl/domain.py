@@ -72,64 +72,65 @@ def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) 
 
 def build(args: argparse.Namespace) -> None:
     from nanochat.common import get_base_dir
-    from nanochat.dataset import DATA_DIR
-    data_dir, folder = Path(DATA_DIR), Path(get_base_dir()) / "corpora" / name_of(args.domain)
-    recipes = {path.stem: path for path in RECIPES.glob("*.json")}
-    named = recipes.get(args.domain, Path(args.domain))
-    if ":" not in args.domain and not named.is_file():
-        raise UserError(f"no domain {args.domain!r}: expected {', '.join(sorted(recipes))}, {OTHERS}")
-    recipe = {"sources": [{"source": args.domain}]} if ":" in args.domain else files.read_json(named)
+    folder = Path(get_base_dir()) / "corpora" / name_of(args.domain)
     if folder.name == "general":
         raise UserError("a domain cannot be called general: that is the corpus of Phase A; rename its folder")
-    if not (data_dir / "corpus.json").is_file():
-        raise UserError(f"no general corpus at {data_dir}; make it first: python -m nanochat_cl.corpus --profile {args.profile}")
-    order = args.order or recipe.get("order", "seed")
-    asked = {"domain": args.domain, "recipe": recipe, "order": order, "subdomain_mb": args.subdomain_mb}
+    recipe = recipe_of(args.domain)
+    asked = {"domain": args.domain, "recipe": recipe, "order": args.order or recipe.get("order", "seed"), "subdomain_mb": args.subdomain_mb}
     evaluation = items(folder.parent.parent / "eval")
     compared = {"number": len(evaluation), "sha256": digest("\n".join(evaluation))}
-    manifest = corpus.manifest(folder, asked)
-    if manifest and manifest["items"] == compared and manifest["general_files"] == files.read_json(data_dir / "corpus.json")["files"]:
-        print(f"domain | complete: {manifest['documents']['train']:,} training documents in {folder}")
+    general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
+    if made and (made["items"], made["general_files"]) == (compared, general["files"]):
+        print(f"domain | complete: {made['documents']['train']:,} training documents in {folder}")
         return
     print(f"domain | {args.domain} -> {folder}", flush=True)
-    if manifest is None or manifest["items"] != compared:
-        manifest = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
-    held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]  # also of a general corpus made again since
-    pruned = corpus.prune(data_dir, Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
-    manifest |= {"general_pruned": pruned, "general_files": files.read_json(data_dir / "corpus.json")["files"]}
-    files.write_json(folder / "corpus.json", manifest)
-    print(table(manifest["subdomains"]))
-    print(f"domain | {len(evaluation):,} evaluation items compared; dropped here {manifest['dropped']}, from the general corpus {pruned}; "
-          f"held-out documents near an item (kept): {manifest['held_out_near_evaluation']}; skipped: {manifest['skipped']}; "
-          f"next: python -m nanochat_cl.tokenizer --profile {args.profile}")
+    made = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
+    held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]
+    made |= corpus.prune(Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
+    files.write_json(folder / "corpus.json", made)
+    print(table(made["subdomains"]))
+    print(f"domain | {len(evaluation):,} evaluation items compared; dropped here {made['dropped']}, from the general corpus "
+          f"{made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
+          f"skipped: {made['skipped']}; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
+
+
+def recipe_of(domain: str) -> dict:
+    """The recipe of that name or path, or the one of a single source."""
+    if ":" in domain:
+        return {"sources": [{"source": domain}]}
+    shipped = {path.stem: path for path in RECIPES.glob("*.json")}
+    path = shipped.get(domain, Path(domain))
+    if not path.is_file():
+        raise UserError(f"no domain {domain!r}: expected {', '.join(sorted(shipped))}, {OTHERS}")
+    return files.read_json(path)
 
 
 def _write(args: argparse.Namespace, recipe: dict, folder: Path, evaluation: list[str]) -> dict:
     """Write train, val and test; their part of the manifest."""
     skipped = {}
     documents = [d for source in recipe["sources"] for d in gather(source, args.subdomain_mb * 1e6, args, skipped)]
-    parts = corpus.held_out(documents, float("inf"), skipped, args.workers)
-    general = [d.text for c in HELD_OUT for d in read_parquet(folder.parent / "general" / f"{c}.parquet")]
+    parts = {"train": [], **corpus.held_out(documents, float("inf"), skipped, args.workers)}
     held = [d.text for c in HELD_OUT for d in parts[c]]
+    general = [d.text for c in HELD_OUT for d in read_parquet(folder.parent / "general" / f"{c}.parquet")]
     overlap = Overlap({"near_domain": held, "near_general": general, "near_evaluation": evaluation}, args.workers)
-    near_items = {name: int((overlap.of(t)[:, 2] >= NEAR).sum()) for name, t in (("domain", held), ("general", general))}
-    parts["train"], share, size, dropped = [], Counter(), Counter(), dict.fromkeys([*overlap.groups, "exact"], 0)
+    near_items = {name: int((overlap.of(texts)[:, 2] >= NEAR).sum()) for name, texts in (("domain", held), ("general", general))}
+    share, size, dropped = Counter(), Counter(), dict.fromkeys([*overlap.groups, "exact"], 0)
     for d, shared in corpus.screened(documents, overlap, set(), dropped):
         parts["train"].append(d)
         share[d.subdomain] += shared
         size[d.subdomain] += len(d.text.encode())
-    counts, subdomains = Counter((d.subdomain, split) for split in CAP for d in parts[split]), {}
+    counts, subdomains = Counter((d.subdomain, split) for split, found in parts.items() for d in found), {}
     for name in dict.fromkeys(d.subdomain for d in documents):
-        row = {split: counts[name, split] for split in CAP}
+        row = {split: counts[name, split] for split in parts}
         if all(row.values()):
             subdomains[name] = {**row, "bytes": size[name], "mean_share": share[name] / row["train"]}
         else:
             skipped.setdefault("sub-domains too small for documents in train, val and test", []).append(name)
     if not subdomains:
         raise UserError(f"{args.domain} leaves no usable sub-domain; dropped: {dropped}; skipped: {said(skipped)}")
-    for split in CAP:
-        write_parquet(folder / f"{split}.parquet", [d for d in parts[split] if d.subdomain in subdomains])
-    return {"documents": {split: sum(row[split] for row in subdomains.values()) for split in CAP}, "subdomains": subdomains,
+    for split, found in parts.items():
+        write_parquet(folder / f"{split}.parquet", [d for d in found if d.subdomain in subdomains])
+    return {"documents": {split: sum(row[split] for row in subdomains.values()) for split in parts}, "subdomains": subdomains,
             "dropped": dropped, "held_out_near_evaluation": near_items, "skipped": said(skipped), "files": checksums(folder)}
 
 

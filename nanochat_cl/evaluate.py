@@ -3,7 +3,6 @@ Bits per byte of held-out documents: which documents, in which batches, scored b
 
 n sequences of a panel.
 """
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from nanochat_cl import runs
 from nanochat_cl.command import UserError
+from nanochat_cl.holdout import digest
+from nanochat_cl.sources import read_parquet
 
 FIRST_CHUNK = 16  # positions that Model-CL routes by a learned constant: nothing was read yet
 MIN_CHARS = 1024  # such documents are preferred: of a short one, a large share is in the first chunk
@@ -46,12 +46,11 @@ def load_panel(path: Path, tokenizer, docs_per_subdomain: int, seq_len: int, row
     The order of a hash of the key chooses, MIN_CHARS first, so every arm, seed and milestone gets the same ones.
     """
     try:
-        columns = pq.read_table(path, columns=["text", "subdomain", "key"]).to_pydict().values()
+        found = read_parquet(path)
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"expected held-out documents with text, subdomain and key in {path}, got {type(e).__name__} "
                         f"{str(e).splitlines()[0]}; make the corpora with nanochat_cl.corpus and nanochat_cl.domain") from e
-    documents = sorted((subdomain, len(text) < MIN_CHARS, hashlib.sha256(key.encode()).digest(), text)
-                       for text, subdomain, key in zip(*columns) if text)
+    documents = sorted((d.subdomain, len(d.text) < MIN_CHARS, digest(d.key), d.text) for d in found if d.text)
     if not documents:
         raise UserError(f"expected held-out documents in {path}, found none with any text; add documents and make the corpus again")
     chosen = [document for _, group in groupby(documents, lambda d: d[0]) for document in islice(group, docs_per_subdomain)]
@@ -79,7 +78,8 @@ def score(model: torch.nn.Module, panel: Panel, token_bytes: torch.Tensor, greed
         x, y = torch.zeros(len(batch), width, dtype=torch.int64), torch.full((len(batch), width), -1, dtype=torch.int64)
         for b, i in enumerate(batch):
             row, first = torch.from_numpy(panel.sequences[i]), panel.first[i]
-            x[b, :len(row) - 1], y[b, first - 1:len(row) - 1] = row[:-1], row[first:]
+            x[b, :len(row) - 1] = row[:-1]
+            y[b, first - 1:len(row) - 1] = row[first:]
         y[size[y.clamp(min=0)] == 0] = -1
         loss = model(x.to(device), y.to(device), loss_reduction="none").view(y.shape)
         result[list(batch), 0] = loss.cpu().double().sum(1)

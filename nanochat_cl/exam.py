@@ -9,7 +9,6 @@ them when nanochat's eval_bundle is in the base directory, and cloze questions f
     light   all                         domain and general text, the procedural floor; evolve adds recall and the use of blocks
     full    0, 1, 2, 4, 8 .., the last  all that and choice tests of the floor, facts, questions, plasticity, drift since Phase A
 """
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from nanochat_cl import evaluate, files, metrics, probes
 from nanochat_cl.command import UserError
+from nanochat_cl.holdout import digest
+from nanochat_cl.sources import read_rows
 
 GENERAL_DOCS = 16  # at least, on test
 PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 2, 24, 48  # so many prompts of general text and as many of domain text
 ROUTED_ROWS = 8  # of general text, whose routing is compared to Phase A's
-
 
 NAMES = {"query": "context", "ctx": "context", "endings": "choices", "gold": "answer", "label": "answer", "target": "continuation",
          "sentence_good": "good", "sentence_bad": "bad"}  # what CORE, HellaSwag, LAMBADA and BLiMP call it
@@ -61,7 +60,7 @@ def read(path: Path, limit: int, delimiter: str = " ") -> list[probes.Item]:
             return probes.Item(path.stem, tuple(before + choice for choice in choices), (after,) * len(choices), gold)
         return probes.Item(path.stem, context, tuple(delimiter + choice for choice in choices), gold, per_byte=True)
     try:
-        rows = sorted(files.read_jsonl(path), key=lambda row: hashlib.sha256(repr(row).encode()).digest())
+        rows = sorted(files.read_jsonl(path), key=lambda row: digest(repr(row)))
         return [item(row) for row in rows[:limit]]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path}: expected lines with good and bad, or context, choices and answer, got {e!r}; convert the file") from e
@@ -79,8 +78,7 @@ def training_texts(base: Path) -> Iterator[str]:
     """The first CLOZE_DOCS general training texts; the last shard is nanochat's held-out one."""
     from nanochat import dataset
     shards = sorted((base / Path(dataset.DATA_DIR).name).glob("*.parquet"))[:-1]
-    batches = (batch for path in shards for batch in pq.ParquetFile(path).iter_batches(256, columns=["text"]))
-    return islice((text for batch in batches for text in batch["text"].to_pylist()), CLOZE_DOCS)
+    return islice((row["text"] for path in shards for row in read_rows(path)), CLOZE_DOCS)
 
 
 def cloze(texts: Iterable[str], limit: int) -> list[probes.Item]:
@@ -92,7 +90,7 @@ def cloze(texts: Iterable[str], limit: int) -> list[probes.Item]:
     for text in texts:
         words.update(re.findall(r"\w+", text))
         sentences.update((word, " ".join(context.split())) for context, word in SENTENCE.findall(text))
-    for word in sorted(sentences, key=lambda word: hashlib.sha256(word.encode()).digest()):
+    for word in sorted(sentences, key=digest):
         if words[word] <= RARE and (word.isdigit() or not words[word.lower()]) and word not in sentences[word]:
             kinds.setdefault(len(word) if word.isdigit() else 0, []).append(word)  # names, and numbers of as many digits
     for kind in kinds.values():
@@ -101,7 +99,7 @@ def cloze(texts: Iterable[str], limit: int) -> list[probes.Item]:
             if len(choices) == 3:
                 choices.insert(i % 4, word)
                 made.append(probes.Item("cloze", sentences[word], tuple(f" {choice}" for choice in choices), i % 4, per_byte=True))
-    return sorted(made, key=lambda item: hashlib.sha256(str(item.context).encode()).digest())[:limit]
+    return sorted(made, key=lambda item: digest(item.context))[:limit]
 
 
 class Exam:
@@ -116,15 +114,14 @@ class Exam:
         self.domain, self.general = panels(domain_dir, docs), panels(domain_dir.parent / "general", max(docs, GENERAL_DOCS))
         self.tokenizer, self.token_bytes, self.rows = tokenizer, token_bytes, rows
         self.subdomains = sorted(set(self.domain["val"].subdomains))
-        base, self.light, self.full = domain_dir.parent.parent, probes.items(probe_items), {"floor": [], "facts": [], "questions": []}
-        for group, items in self.full.items():
-            items += core(base / "eval_bundle", group, probe_items)
-            items += [item for path in sorted((base / "eval" / group).glob("*.jsonl")) for item in read(path, probe_items)]
+        base, self.light, self.full = domain_dir.parent.parent, probes.items(probe_items), {}
+        for group in ("floor", "facts", "questions"):
+            own = sorted((base / "eval" / group).glob("*.jsonl"))
+            self.full[group] = core(base / "eval_bundle", group, probe_items) + [item for path in own for item in read(path, probe_items)]
         self.full["facts"] += cloze(training_texts(base), probe_items)
-        tests = {"domain": self.domain["test"], "general": self.general["test"]}
-        self.constant_share = {name: evaluate.constant_share(panel) for name, panel in tests.items()}
-        general, one_each = self.general["val"].sequences, [self.domain["val"].subdomains.index(name) for name in self.subdomains]
-        prompts = *general[:PROMPTS], *(self.domain["val"].sequences[i] for i in one_each[:PROMPTS])
+        self.constant_share = {"domain": evaluate.constant_share(self.domain["test"]), "general": evaluate.constant_share(self.general["test"])}
+        general, domain = self.general["val"].sequences, self.domain["val"]
+        prompts = *general[:PROMPTS], *(domain.sequences[domain.subdomains.index(name)] for name in self.subdomains[:PROMPTS])
         self.prompts = [sequence[:PROMPT_TOKENS].tolist() for sequence in prompts]
         longest = max(map(len, general))
         self.routed = torch.from_numpy(np.stack([sequence for sequence in general if len(sequence) == longest][:ROUTED_ROWS]))
@@ -137,10 +134,12 @@ class Exam:
             pause()
             result["general"][split] = evaluate.pooled(evaluate.score(model, self.general[split], self.token_bytes))
             pause()
-        for group, items in (("floor", self.light), *(self.full.items() if full else ())):  # short texts, so more of them at once
+        for group, items in [("floor", self.light), *(self.full.items() if full else ())]:  # short texts, so more of them at once
             result[group] = result.get(group, {}) | probes.score_probes(model, self.tokenizer, self.token_bytes, items, 4 * self.rows)
             pause()
-        return {**result, **({"plasticity": metrics.plasticity(model, self.routed[:2, :-1].to(model.get_device()))} if full else {})}
+        if full:
+            result["plasticity"] = metrics.plasticity(model, self.routed[:2, :-1].to(model.get_device()))
+        return result
 
     def samples(self, model: torch.nn.Module, arm: str, when: str) -> list[dict[str, str]]:
         """How the model goes on from the prompts, greedily."""

@@ -25,9 +25,11 @@ def check(release: str, newcomers: str) -> None:
 
 def released(rule: str, held: int, milestone: int) -> int:
     """Blocks out of `held` that `rule` has released by a milestone (from 0): `all`, `none`, or so many at each milestone."""
-    if rule not in ("all", "none") and not (rule.isdecimal() and int(rule)):
+    if rule in ("all", "none"):
+        return held if rule == "all" else 0
+    if not rule.isdecimal() or not int(rule):
         raise UserError(f"--release must be all, none or a number of blocks per milestone, got {rule!r}")
-    return {"all": held, "none": 0}.get(rule) if rule in ("all", "none") else min(held, int(rule) * (milestone + 1))
+    return min(held, int(rule) * (milestone + 1))
 
 
 def rows(rule: str, drawn: Tensor, features: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+RESAMPLES = 2000  # of items, for the interval of selectivity
+
 
 def after_visits(R: np.ndarray, b: np.ndarray, a: np.ndarray | None = None) -> dict[str, float]:
     """Metrics of the visit matrix, T >= 2; `intransigence` needs a reference."""
@@ -54,16 +56,16 @@ def lost(rows: list[dict], at: float, group: str) -> np.ndarray:
     return a + (at - int(at)) * (b - a) - items(rows[0])
 
 
-def selectivity(facts: np.ndarray, floor: np.ndarray, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
+def selectivity(facts: np.ndarray, floor: np.ndarray) -> tuple[float, float, float]:
     """
     Facts lost / floor lost, of what each item lost, and its 95 % bootstrap interval over items. 0 if no facts were lost; infinite if
     facts were and the floor was not.
     """
-    r = np.random.default_rng(seed)
-    means = [[x.mean(), *(r.choice(x, len(x)).mean() for _ in range(resamples))] for x in (facts, floor)]
+    r = np.random.default_rng(0)
+    means = [[x.mean(), *(r.choice(x, len(x)).mean() for _ in range(RESAMPLES))] for x in (facts, floor)]
     ratios = [0.0 if facts <= 0 else float(facts / floor) if floor > 0 else math.inf for facts, floor in zip(*means)]
     low, high = map(float, np.quantile(ratios[1:], [0.025, 0.975], method="nearest"))
-    return {"selectivity": ratios[0], "selectivity_low": low, "selectivity_high": high}
+    return ratios[0], low, high
 
 
 # --- plasticity
@@ -75,7 +77,7 @@ def dormant_share(activity: np.ndarray, tau: float) -> float:
 
 def effective_rank(sigma: np.ndarray) -> float:
     """exp of the entropy of normalised singular values (Roy & Vetterli); 0 for the zero matrix."""
-    p = sigma[sigma > 0] / sigma.sum() if sigma.any() else np.ones(0)
+    p = sigma[sigma > 0] / sigma.sum()
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
 
 
@@ -88,13 +90,14 @@ def stable_rank(sigma: np.ndarray) -> int:
 @torch.no_grad()
 def change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
     """{group of weights: |after - before| / |before|} (Frobenius): with one step between them the update/weight ratio."""
-    norms: dict[str, list[float]] = {}
+    norms: dict[str, tuple[float, float]] = {}  # squares of |after - before| and |before|
     for name, w in after.items():
         group = next((part for part in ("attn", "mlp", "value_embeds", "wte", "lm_head") if part in name), "scalars")
         if w.is_floating_point():
             then, now = before[name].to(w).float(), w.float()
-            norms.setdefault(group, []).append([(now - then).square().sum(), then.square().sum()])
-    return {group: float(np.sqrt(np.divide(*np.sum([[x.item() for x in pair] for pair in pairs], 0)))) for group, pairs in norms.items()}
+            moved, size = norms.get(group, (0.0, 0.0))
+            norms[group] = moved + (now - then).square().sum().item(), size + then.square().sum().item()
+    return {group: float(np.sqrt(np.divide(moved, size))) for group, (moved, size) in norms.items()}
 
 
 @torch.no_grad()
@@ -119,26 +122,25 @@ def plasticity(model: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
     model(x)
     for hook in hooks:
         hook.remove()
-    hidden = (F.relu(value @ layer.mlp.c_fc.weight.float().flatten(0, -2).T).square() for layer, value in zip(layers, inputs))
-    activity, active = zip(*((h.mean(0).cpu().numpy(), (h > 0).float().mean(0)) for h in hidden))
-    weights, sigma = [p.float().abs() for layer in layers for p in layer.parameters()], torch.linalg.svdvals(last[0]).numpy()
+    activity, inactive = [], []
+    for layer, value in zip(layers, inputs):
+        hidden = F.relu(value @ layer.mlp.c_fc.weight.float().flatten(0, -2).T).square()
+        activity.append(hidden.mean(0).cpu().numpy())
+        inactive.append(((hidden > 0).float().mean(0) < 0.01).float().mean().item())
+    sigma = torch.linalg.svdvals(last[0]).numpy()
+    weights = [p.float().abs() for layer in layers for p in layer.parameters()]
     return {**{f"dormant_{tau}": float(np.mean([dormant_share(a, tau) for a in activity])) for tau in (0.0, 0.025, 0.1)},
-            "inactive": float(np.mean([(a < 0.01).float().mean().item() for a in active])),
-            "effective_rank": effective_rank(sigma), "stable_rank": stable_rank(sigma),
+            "inactive": float(np.mean(inactive)), "effective_rank": effective_rank(sigma), "stable_rank": stable_rank(sigma),
             "mean_abs_weight": float(sum(w.sum() for w in weights) / sum(w.numel() for w in weights))}
 
 
 # --- from the records of records.jsonl
 
-def continual(records: list[dict], arm: str, split: str = "val", **where) -> dict[str, float]:
+def continual(rows: list[dict], split: str) -> dict[str, float]:
     """
-    Every metric of one run, which `where` (seed=, recipe=) must single out; empty before two sub-domains were seen. A first visit ends at
-    the last milestone before the next new sub-domain shows up in `seen`; where several begin between two milestones they share one.
-    ValueError when there are no records, or several of one milestone.
+    Every metric of one run, from its records by milestone; empty before two sub-domains were seen. A first visit ends at the last
+    milestone before the next new sub-domain shows up in `seen`; where several begin between two milestones they share one.
     """
-    rows = sorted((r for r in records if r["arm"] == arm and all(r[k] == v for k, v in where.items())), key=lambda r: r["milestone"])
-    if not rows or len({r["milestone"] for r in rows}) < len(rows):
-        raise ValueError(f"expected one record per milestone of arm {arm} {where}, got {len(rows)} records; name seed= and recipe=")
     order = list(dict.fromkeys(s for r in rows for s in r["seen"]))
     if len(order) < 2:
         return {}

@@ -67,11 +67,11 @@ def quantity(x: float | None) -> str:
     return text.replace("-", figures.MINUS)
 
 
-def ledger(c: curves.Curves, records: list[dict]) -> dict[str, dict]:
+def ledger(c: curves.Curves) -> dict[str, dict]:
     """What every run reached by the last milestone and what it cost, mean over seeds; None where it was not recorded."""
     out = {}
     for i, (arm, recipe) in enumerate(c.runs):
-        each = [metrics.continual(records, arm, "test", recipe=recipe, seed=s) for s in c.seeds]
+        each = [metrics.continual(c.at[(arm, recipe, s)], "test") for s in c.seeds]
         row = {"domain bpb, val": -c.val[i, :, -1].mean(), "domain bpb, test": -c.test[i, :, -1].mean()}
         row |= {m: np.mean([x[m] for x in each]) for m in each[0]} | {key: c.field(key)[i, :, -1].mean() for key in COSTS}
         row["light_eval_frac"] = metrics.light_share([r for s in c.seeds for r in c.at[(arm, recipe, s)]])
@@ -95,7 +95,7 @@ def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
         both = [[rows[m] for m in asked] for rows in each]
         facts, probes = ([np.mean([metrics.lost(rows, between, group) for rows in both], 0) for group in ("facts", "floor")]
                          if between >= 0 else ([math.nan], [math.nan]))
-        chosen = metrics.selectivity(facts, probes).values() if between >= 0 else ()
+        chosen = metrics.selectivity(facts, probes) if between >= 0 else ()
         values += [f"{np.mean(facts):.4f}", f"{np.mean(probes):.4f}", "{:.2f} [{:.2f}, {:.2f}]".format(*chosen) if chosen else "nan"]
         rows.append([name, *("not measured" if v == "nan" else v.replace("-", figures.MINUS) for v in values)] if at >= 0 else
                     [name, "not reached", *[""] * 4])
@@ -181,7 +181,7 @@ def report(run_dirs: list[str], arm: str = "cl") -> dict:
     c = curves.paired(records)
     shown = [c.names.index(name) for name in (v["curves"]["dense_run"][-1], v["cl"])] if v else [int(c.val[..., -1].mean(1).argmax())]
     result = dict(verdict=v and v["verdict"], sentence=v["sentence"] if v else "one arm: nothing to compare",
-                  ledger=ledger(c, records), certificate=v, runs=[str(d) for d in run_dirs])
+                  ledger=ledger(c), certificate=v, runs=[str(d) for d in run_dirs])
     config, samples = (files.read_json(out / name) if (out / name).is_file() else {} for name in ("config.json", "samples.json"))
     with matplotlib.rc_context(figures.LOOK):
         pictures = dict(crossover=figures.crossover(c, shown, v), floor=figures.floor(c, shown), matrix=figures.matrix(c, shown))

@@ -41,8 +41,8 @@ class Document(NamedTuple):
 
 
 def said(skipped: dict[str, list[str]]) -> str:
-    named = {reason: ", ".join(names[:3]) + ", ..." * (len(names) > 3) for reason, names in skipped.items()}
-    return "; ".join(f"{len(skipped[reason]):,} {reason} ({names})" for reason, names in named.items()) or "none"
+    parts = [f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for reason, names in skipped.items()]
+    return "; ".join(parts) or "none"
 
 
 def write_parquet(path: Path, documents: list[Document]) -> None:
@@ -108,13 +108,14 @@ def _file_rows(pattern: str, skipped: dict[str, list[str]]) -> Iterator[tuple[st
         name, n = path.relative_to(root).as_posix(), 0
         default = name.split("/")[0] if "/" in name else path.stem if path.suffix.lower() in ROWS else root.resolve().name
         try:
-            for n, row in enumerate(_rows(path), 1):
+            for n, row in enumerate(read_rows(path), 1):
                 yield f"{name}:{n}", default, row  # a line of jsonl that is no JSON is None
         except (ValueError, OSError, pa.ArrowException) as e:
             skipped.setdefault("unreadable from there on", []).append(f"{name}:{n + 1}: {' '.join(str(e).split())[:200]}")
 
 
-def _rows(path: Path) -> Iterator[dict]:
+def read_rows(path: Path) -> Iterator[dict | None]:
+    """Rows of a parquet or jsonl file, None for a line that is no JSON; any other file is one row with its text."""
     if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path) as shard:
             for batch in shard.iter_batches(256):

@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from nanochat_cl import command, files, runs
+from nanochat_cl import command, corpus, files, runs
 from nanochat_cl.profiles import PROFILES
 
 
@@ -25,11 +25,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> None:
     from nanochat.common import get_base_dir
-    from nanochat.dataset import DATA_DIR
-    corpus, done = Path(DATA_DIR) / "corpus.json", Path(get_base_dir()) / "tokenizer" / "made_with.json"
-    if not corpus.is_file():
-        raise command.UserError(f"no general corpus at {DATA_DIR}; make one with: python -m nanochat_cl.corpus --profile {args.profile}")
-    made_with = {"vocab_size": args.vocab_size, "max_chars": args.max_chars, "corpus_files": files.read_json(corpus)["files"]}
+    done = Path(get_base_dir()) / "tokenizer" / "made_with.json"
+    made_with = {"vocab_size": args.vocab_size, "max_chars": args.max_chars, "corpus_files": corpus.complete(args.profile)["files"]}
     if done.is_file():
         runs.check_same(done.parent, files.read_json(done), made_with, "checkpoints depend on it: use another NANOCHAT_BASE_DIR")
         print(f"tokenizer | complete: {args.vocab_size:,} entries in {done.parent}")

@@ -125,7 +125,7 @@ def test_what_is_complete_is_skipped_and_what_differs_or_is_foreign_is_refused(b
     run("--source", source, "--tokens", "2000")
     assert capsys.readouterr().out.count("\n") == 1 and before == {p: p.stat().st_mtime_ns for p in base.rglob("*.parquet")}
     assert 2000 * corpus.BYTES_PER_TOKEN <= files.read_json(base / "base_data_climbmix" / "corpus.json")["bytes"] < 25_000
-    with pytest.raises(UserError, match="was made with tokens = 2000.0, asked for is tokens = None; delete"):
+    with pytest.raises(UserError, match=r"tokens: 2000\.0 -> null\); delete the folder"):
         run("--source", source)
     (base / "base_data_climbmix" / "corpus.json").unlink()
     with pytest.raises(UserError, match="not ours"):

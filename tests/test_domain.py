@@ -9,7 +9,7 @@ from test_stream import T, Words
 
 from nanochat_cl import domain, files, stream
 from nanochat_cl.command import UserError
-from nanochat_cl.holdout import split_of
+from nanochat_cl.holdout import digest, split_of
 
 
 @pytest.fixture
@@ -78,6 +78,22 @@ def test_copies_of_held_out_domain_documents_are_taken_out_of_both_phases(base, 
     make_corpus("--source", f"files:{tmp_path / 'web'}")
     run(f"files:{tmp_path / 'company'}")
     assert SECRET not in trained_text(16), "a general corpus made again is compared again"
+
+
+def test_what_another_general_corpus_holds_out_leaves_the_domain_that_was_there_before_it(base, tmp_path):
+    text_folder(tmp_path / "company", tmp_path / "web")
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(f"files:{tmp_path / 'company'}")
+    folder = base / "corpora" / "company"
+    copied, dropped = read(folder / "train.parquet")[0]["text"], files.read_json(folder / "corpus.json")["dropped"]
+    longer = next(text for text in (f"{copied} {i}" for i in range(999)) if split_of(digest(text)) == "val")
+    (tmp_path / "web" / "copy.txt").write_text(longer)
+    shutil.rmtree(base / "base_data_climbmix")
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(f"files:{tmp_path / 'company'}")
+    assert copied not in [d["text"] for d in read(folder / "train.parquet")]
+    assert files.read_json(folder / "corpus.json")["dropped"] == {
+        **dropped, "near_general": dropped["near_general"] + 1}
 
 
 def test_the_same_files_give_the_same_domain(tmp_path, site, recipes, monkeypatch):

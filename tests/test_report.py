@@ -156,7 +156,7 @@ def test_recipes_and_controls_share_one_ledger():
     arms = {("dense", "default"): (1.0, lambda t: 0.0, 0.25), ("cl", "default"): (1.0, lambda t: -0.03 + 0.08 * t, 0.15),
             ("dense", "lr_mult=0.5"): (0.5, lambda t: 0.02 * t, 0.2), ("dense-rows", "default"): (1.0, lambda t: 0.0, 0.2)}
     rows = synthetic.records(arms, seeds=(1, 2, 3), milestones=6, docs=3)
-    ledger = report.ledger(curves.paired(rows), rows)
+    ledger = report.ledger(curves.paired(rows))
     assert list(ledger) == ["dense/default", "dense/lr_mult=0.5", "dense-rows/default", "cl/default"]
     best = min(list(ledger)[:3], key=lambda name: ledger[name]["domain bpb, val"])
     assert crossover.assess(rows)["dense_limit"]["run"] == best == "dense/lr_mult=0.5"
