@@ -61,7 +61,10 @@ def read(path: Path, limit: int, delimiter: str = " ") -> list[probes.Item]:
         return probes.Item(path.stem, context, tuple(delimiter + choice for choice in choices), gold, per_byte=True)
     try:
         rows = sorted(files.read_jsonl(path), key=lambda row: digest(repr(row)))
-        return [item(row) for row in rows[:limit]]
+        items = [item(row) for row in rows[:limit]]
+        if bad := [i for i in items if not 0 <= i.gold < len(i.choices) or not all(choice.strip() for choice in i.choices)]:
+            raise ValueError(f"answer {bad[0].gold} of the choices {bad[0].choices}, counted from 0 and none of them empty")
+        return items
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path}: expected lines with good and bad, or context, choices and answer, got {e!r}; convert the file") from e
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from nanochat_cl.crossover import MIN_IDLE_SHARE
 from nanochat_cl.curves import Curves
 
+NAMED = 6  # runs of which each has a name in the legend
 INK, RED, GREY = "#1f2933", "#b3361b", "#7b8794"
 MINUS = "\N{MINUS SIGN}"
 LOOK = {"font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
@@ -33,8 +34,9 @@ def lines(ax: Axes, c: Curves, shown: list[int], x: Sequence, y: Sequence) -> No
         if i in shown:
             k = shown.index(i)
             look = dict(color=(INK, RED)[k], ls=("-", "--")[k], marker="os"[k], lw=1.8, ms=4.5, zorder=3)
-        known = np.isfinite(y[i])
-        ax.plot(np.asarray(x[i])[known], np.asarray(y[i])[known], label=c.names[i], **look)
+        known, first = np.isfinite(y[i]), next((j for j in range(len(c.runs)) if j not in shown), None)
+        label = c.names[i] if i in shown or len(c.runs) <= NAMED else f"{len(c.runs) - len(shown)} other runs" if i == first else None
+        ax.plot(np.asarray(x[i])[known], np.asarray(y[i])[known], label=label, **look)
 
 
 def crossover(c: Curves, shown: list[int], v: dict | None, axis: str = "tokens") -> Figure | None:

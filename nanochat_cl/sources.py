@@ -82,9 +82,10 @@ def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, 
             skipped.setdefault(f"longer than {LARGEST:,} characters" if is_text else "without text", []).append(name)
             continue
         text = text.encode("utf-8", "ignore").decode()  # JSON can spell half a character
-        subdomain = label.get("value") or str(row.get(label.get("column", "subdomain")) or default)
+        known = lambda column: "" if row.get(column) is None else str(row[column])  # 0 is a name, too
+        subdomain = label.get("value") or known(label.get("column", "subdomain")) or default
         if match := re.search(label.get("pattern", "(.+)"), subdomain, re.MULTILINE):
-            yield Document(text, match.group(1), str(row.get(label.get("key")) or digest(text)))
+            yield Document(text, match.group(1), known(label.get("key")) or digest(text))
 
 
 def files_root(pattern: str) -> Path:

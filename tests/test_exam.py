@@ -127,3 +127,11 @@ def test_files_in_the_folders_of_the_base_directory_are_asked_beside_all_the_res
     assert paused and "pairs" not in light["floor"] and not {"facts", "questions", "plasticity"} & {*light}
     assert all(light["floor"][kind] == scores["floor"][kind] for kind in light["floor"]) and light["domain"] == scores["domain"]
     json.dumps(scores, allow_nan=False)
+
+
+@pytest.mark.parametrize("row", ['{"context": "a", "choices": ["b", "c"], "answer": 2}', '{"context": "a", "choices": ["b", ""], "answer": 0}',
+                                 '{"context": "a", "choices": [], "answer": 0}', '{"context": "a", "choices": ["b", "c"], "answer": -1}'])
+def test_an_answer_that_is_no_choice_is_refused_in_one_line(row, tmp_path):
+    (tmp_path / "winogrande.jsonl").write_text(row + "\n")
+    with pytest.raises(UserError, match="winogrande.jsonl.*counted from 0"):
+        exam.read(tmp_path / "winogrande.jsonl", 10)

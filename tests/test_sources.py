@@ -115,3 +115,10 @@ def test_a_label_names_the_subdomain_by_value_column_or_pattern(tmp_path):
     names = lambda **label: [d.subdomain for d in sources.read(f"files:{tmp_path}", {}, label)]
     assert names() == ["a"] * 3 and names(value="v") == ["v"] * 3 and names(column="kind") == ["flask", "django", "other"]
     assert names(column="text", pattern=r"^from (flask|django)\b") == ["flask", "django"]
+
+
+def test_a_key_or_a_sub_domain_of_0_is_a_name_like_any_other(tmp_path):
+    rows = [{"text": f"letter {i} of patient 0", "patient": 0, "ward": 0} for i in range(3)]
+    (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(sources.read(f"files:{tmp_path}/*.jsonl", {}, {"column": "ward", "key": "patient"}))
+    assert [(d.subdomain, d.key) for d in found] == [("0", "0")] * 3
