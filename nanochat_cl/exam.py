@@ -42,23 +42,25 @@ def read(path: Path, limit: int, delimiter: str = " ") -> list[probes.Item]:
     "question", "choices", "answer": index}, whose context may have one gap "_" (Winogrande: scored is what follows it) and whose question
     may be cause or effect (COPA); {"context", "continuation"} (LAMBADA); {"context_options", "continuation", "answer"}; or in NAMES.
     """
+    lead, space = delimiter.rstrip(" "), delimiter[len(delimiter.rstrip(" ")):]  # "\nAnswer: ": only the blank belongs to the answer
+
     def item(row: dict) -> probes.Item:
         row = {NAMES.get(key, key): value for key, value in row.items()}
         if "good" in row:
             return probes.Item(path.stem, "", (row["bad"], row["good"]), 1)  # in this order, for the first wins a tie
         if "context_options" in row:
-            contexts = tuple(row["context_options"])
-            return probes.Item(path.stem, contexts, (delimiter + row["continuation"],) * len(contexts), int(row["answer"]))
+            contexts = tuple(option + lead for option in row["context_options"])
+            return probes.Item(path.stem, contexts, (space + row["continuation"],) * len(contexts), int(row["answer"]))
         context = " ".join(row[part] for part in ("context", "question") if part in row)
         if "choices" not in row:
-            return probes.Item(path.stem, context.strip(), (delimiter + row["continuation"].strip(),), 0)
+            return probes.Item(path.stem, context.strip() + lead, (space + row["continuation"].strip(),), 0)
         choices, gold = [choice.strip() for choice in row["choices"]], int(row["answer"])
         if link := {"cause": "because", "effect": "so"}.get(row.get("question")):
             context, choices = f"{row['context'].rstrip('. ')} {link}", [choice[0].lower() + choice[1:] for choice in choices]
         before, _, after = context.partition("_")
         if context.count("_") == 1 and re.search(r"\w", after):
             return probes.Item(path.stem, tuple(before + choice for choice in choices), (after,) * len(choices), gold)
-        return probes.Item(path.stem, context, tuple(delimiter + choice for choice in choices), gold, per_byte=True)
+        return probes.Item(path.stem, context + lead, tuple(space + choice for choice in choices), gold, per_byte=True)
     try:
         rows = sorted(files.read_jsonl(path), key=lambda row: digest(repr(row)))
         items = [item(row) for row in rows[:limit]]

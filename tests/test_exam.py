@@ -64,7 +64,7 @@ def test_core_tasks_come_from_the_bundle_with_their_own_delimiter(tmp_path):
     (tmp_path / "core.yaml").write_text(
         "icl_tasks:\n- {label: jeopardy, dataset_uri: world/jeopardy_all.jsonl, num_fewshot: [10], icl_task_type: language_modeling, "
         "continuation_delimiter: \"\\nAnswer: \"}\n- {label: squad, dataset_uri: squad.jsonl, num_fewshot: [10], icl_task_type: language_modeling}\n")
-    assert exam.core(tmp_path, "facts", 9) == [Item("jeopardy_all", "CITIES: It has a tower", ("\nAnswer: Paris",), 0)]
+    assert exam.core(tmp_path, "facts", 9) == [Item("jeopardy_all", "CITIES: It has a tower\nAnswer:", (" Paris",), 0)], "only the answer is scored"
     assert exam.core(tmp_path, "floor", 9) == exam.core(tmp_path, "questions", 9) == exam.core(tmp_path / "none", "facts", 9) == []
 
 
