@@ -33,7 +33,8 @@ PARTS = {"gap": "initial gap", "crossing": "crossing", "limit": "beyond the dens
 # What is missing where one of these checks did not pass:
 CROSSING_NEEDS = {"equal trials", "documents"}                              # a fair crossing
 LIMIT_NEEDS = {"interior dense optimum", "cool-down", "unique text"}        # a dense limit
-REFUSAL_NEEDS = {"exercised isolation", "finished runs", "tokens"}          # a fair chance for the hypothesis
+REFUSAL_NEEDS = {"exercised isolation", "routed tokens", "same Phase A", "cool-down", "finished runs", "tokens"}    # a fair chance for "yes"
+MOOT = ("plasticity=budget", "release=", "newcomers=")                      # options that change nothing in a dense arm
 
 
 def picked(x: np.ndarray, recipe: np.ndarray) -> np.ndarray:
@@ -95,7 +96,8 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     """
     state, missing = {name: int(parts[name]) for name in PARTS}, set(failed)
     sound = not missing and seeds >= MIN_SEEDS
-    if seeds < MIN_SEEDS or (0 in state.values() and not parts["rising"]):
+    still_open = {name for name, value in state.items() if value == 0} - ({"crossing"} if parts["ahead"] else set())
+    if seeds < MIN_SEEDS or (still_open and not parts["rising"]):
         missing.add("seeds")
     if missing & (LIMIT_NEEDS | CROSSING_NEEDS):
         state["limit"] = min(state["limit"], 0)
@@ -109,15 +111,15 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     if state["crossing"] < 0 or (state["crossing"] == 0 and state["limit"] < 0):
         if seeds >= MIN_SEEDS and not missing & REFUSAL_NEEDS:
             word = "NOT SUPPORTED"
-    elif parts["ahead"] and state["gap"] < 0 and state["limit"] > 0 and sound:
+    elif parts["ahead"] and state["gap"] < 0 and state["limit"] > 0 and state["floor"] > 0 and sound:
         word = "DOMINATES"
     elif state["crossing"] > 0 and seeds > 1:
         word = "SUPPORTED" if sound and len(holds) == len(PARTS) else "PARTLY"
     return word, holds, sorted(missing)
 
 
-def checks(c: Curves, dense: list[int], limit: int, cl: int) -> dict[str, tuple[str, str]]:
-    """Threats to validity: name -> (pass | fail | not tested, what was found); `limit` and `cl` are the chosen runs."""
+def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int) -> dict[str, tuple[str, str]]:
+    """Threats to validity: name -> (pass | fail | not tested, what was found); `limit`, at milestone `limit_m`, and `cl` are the chosen runs."""
     def check(passed: bool, text: str, *known: float) -> tuple[str, str]:
         """`known` are the numbers without which nothing can be said."""
         return ("pass" if passed else "fail", text) if np.isfinite(known).all() else ("not tested", "not recorded")
@@ -126,10 +128,15 @@ def checks(c: Curves, dense: list[int], limit: int, cl: int) -> dict[str, tuple[
     declared = all(r.get("confirmatory") and r.get("profile") != "cpu" for r in every)
     idle = np.median([r["blocks"]["idle_share"] for r in ours if r.get("blocks")] or [np.nan])
     constant = max((x for r in ours for x in r.get("constant_share", {}).values()), default=np.nan)
-    lr, epoch, budget = c.field("lr_mult").mean(1), c.field("epoch").max(), c.field("phase_a_tokens")[[limit, cl], 0, 0]
-    peak, cooled = lr.max(-1), (lr[:, -1] / lr.max(-1))[[limit, cl]]
-    tried = sorted({float(peak[i]) for i in dense if c.runs[i][0] == c.runs[limit][0]})
-    others = len(c.runs) - len(dense)
+    lr, epoch, budget = c.field("lr_mult").mean(1), c.field("epoch").max(), c.field("phase_a_tokens")[[limit, cl], :, 0]
+    peak = lr.max(-1)
+    cooled = lr[limit, limit_m] / peak[limit], lr[cl, -1] / peak[cl]
+
+    def without(i: int, options: tuple[str, ...]) -> tuple[str, ...]:
+        """Arm and recipe of a run but for `options`."""
+        return c.runs[i][0], *(part for part in c.runs[i][1].split(",") if part != "default" and not part.startswith(options))
+    tried = sorted({float(peak[i]) for i in dense if without(i, ("lr_mult=",)) == without(limit, ("lr_mult=",))})
+    trials, others = len({without(i, MOOT) for i in dense}), len(c.runs) - len(dense)
     return {
         "seeds": check(len(c.seeds) >= MIN_SEEDS, f"{len(c.seeds)} in every run (at least {MIN_SEEDS})"),
         "confirmatory data": check(declared, f"{'' if declared else 'not '}declared on a domain, split and seeds never used for choosing"),
@@ -142,8 +149,8 @@ def checks(c: Curves, dense: list[int], limit: int, cl: int) -> dict[str, tuple[
         "cool-down": check(max(cooled) <= COOLED, f"last / highest learning rate: {c.names[limit]} {cooled[0]:.2f}, {c.names[cl]} "
                            f"{cooled[1]:.2f} (at most {COOLED:g})", *cooled),
         "unique text": check(epoch <= MAX_EPOCHS, f"{epoch:.2f} epochs of it (at most {MAX_EPOCHS:g})", epoch),
-        "equal trials": check(others <= len(dense), f"{len(dense)} dense, {others} other (arms x recipes; no more than dense)"),
-        "same Phase A": check(budget[0] == budget[1], f"{budget[0]:,.0f} and {budget[1]:,.0f} tokens", *budget),
+        "equal trials": check(others <= trials, f"{trials} dense, {others} other (arms x recipes; no more than dense)"),
+        "same Phase A": check((budget[0] == budget[1]).all(), " and ".join(f"{x.mean():,.0f}" for x in budget) + " tokens", *budget.ravel()),
         "finished runs": check(all(rows[-1].get("final") for rows in c.at.values()), "every run must have reached its last milestone")}
 
 
@@ -183,7 +190,7 @@ def assess(records: list[dict], arm: str = "cl") -> dict:
 
     one, by_documents = len(c.seeds) == 1, estimated_over_documents(c, x, cl, at, limit, limit_m)
     e = by_documents if one else {name: over_seeds(x[name]) for name in by_documents}
-    parts, found = criteria(e["d"], e["beyond"], e["floor"], e["trend"]), checks(c, dense, limit, cl)
+    parts, found = criteria(e["d"], e["beyond"], e["floor"], e["trend"]), checks(c, dense, limit, limit_m, cl)
     if parts["ahead"] and not one:
         end = number(by_documents["d"], -1)
         found["documents"] = ("pass" if end["low"] > 0 else "fail", f"d at the end over documents: {interval(end)}")

@@ -94,6 +94,11 @@ def paired(records: list[dict]) -> Curves:
             if [(r["milestone"], r["tokens"]) for r in mine] != [(r["milestone"], r["tokens"]) for r in c.first]:
                 raise UserError(f"{who} has {len(mine)} milestones to {mine[-1]['tokens']:,} tokens, {c.names[0]} has {len(c.first)} "
                                 f"to {c.tokens[-1]:,}: milestones must agree; finish the run, or give both one --milestone-tokens")
+            if mine[0].get("schedule") != c.first[0].get("schedule"):
+                raise UserError(f"{who} ran on schedule {mine[0].get('schedule')}, {c.names[0]} on {c.first[0].get('schedule')}: not comparable")
+            if diverged := [r["milestone"] for r in mine if not np.isfinite(
+                    [r["domain"]["val"]["bpb"], *documents(r, "domain")[:, 0], *documents(r, "general")[:, 0]]).all()]:
+                raise UserError(f"{who} has scores that are not finite from milestone {diverged[0]} on: it diverged; leave the recipe out for all arms")
             replay = [part for part in name[1].split(",") if part.startswith("replay=")]
             hashes = [r["stream_hash"] for r in mine]
             if hashes != streams.setdefault((s, *replay), hashes):

@@ -117,7 +117,7 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
     from nanochat_cl import tokenizer
     from nanochat_cl.exam import Exam
     from nanochat_cl.learner import Learner
-    from nanochat_cl.phase_b import PhaseB, write
+    from nanochat_cl.phase_b import PhaseB
     from nanochat_cl.stream import Stream
     check(args)
     try:
@@ -158,13 +158,13 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
     if state is None and args.branch_of:
         state = branch(run, base / "evolve" / args.branch_of, asked, device)
     if not (folder / "config.json").is_file():
-        write(files.write_json, folder / "config.json", {
+        runs.write(files.write_json, folder / "config.json", {
             "run": args.name, "argv": ["python", "-m", "nanochat_cl.evolve", *args.argv], "profile": args.profile, "asked": asked,
             "steps": steps, "milestones": run.marks, "machine": machine.describe(),
             "arms": {a.arm: {**a.cost, "cl": a.config.get("cl"), "phase_a": a.result} for a in found}})
     if state:
         run.load(state)
-        write(files.write_jsonl, folder / "records.jsonl", run.state["records"])
+        runs.write(files.write_jsonl, folder / "records.jsonl", run.state["records"])
     if args.run != "dummy" and runs.ranks()[0] == 0:
         import wandb
         run_id = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # a continued run continues its curve
@@ -177,7 +177,6 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
 
 def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dict:
     """The trunk's last state up to which `run`, at Phase A still, does what the trunk did: then it ends as if it had run from the start."""
-    from nanochat_cl.phase_b import write
     if not (trunk / "config.json").is_file():
         raise UserError(f"--branch-of names a run, and there is none at {trunk}")
     config, free = files.read_json(trunk / "config.json"), {"lr_schedule": None, "cooldown_frac": None}
@@ -194,7 +193,7 @@ def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dic
         state["arms"][learner.name]["recall"] = learner.recall.state_dict()
     names = {learner.name: learner.recipe.name for learner in run.learners}
     state["records"] = [{**r, "run": run.args.name, "recipe": names[r["arm"]]} for r in state["records"]]
-    write(files.write_json, run.folder / "samples.json", [t for t in files.read_json(trunk / "samples.json") if t["when"] == "before"])
+    runs.write(files.write_json, run.folder / "samples.json", [t for t in files.read_json(trunk / "samples.json") if t["when"] == "before"])
     return state
 
 

@@ -42,7 +42,8 @@ def read(path: Path, limit: int, delimiter: str = " ") -> list[probes.Item]:
     "question", "choices", "answer": index}, whose context may have one gap "_" (Winogrande: scored is what follows it) and whose question
     may be cause or effect (COPA); {"context", "continuation"} (LAMBADA); {"context_options", "continuation", "answer"}; or in NAMES.
     """
-    lead, space = delimiter.rstrip(" "), delimiter[len(delimiter.rstrip(" ")):]  # "\nAnswer: ": only the blank belongs to the answer
+    lead = delimiter.rstrip(" ")
+    space = delimiter[len(lead):]  # of "\nAnswer: " only the blank belongs to the answer
 
     def item(row: dict) -> probes.Item:
         row = {NAMES.get(key, key): value for key, value in row.items()}

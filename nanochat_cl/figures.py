@@ -29,13 +29,14 @@ AXES = {"tokens": ("tokens", 1e6, "Phase B tokens (millions)"), "flops": ("flops
 
 def lines(ax: Axes, c: Curves, shown: list[int], x: Sequence, y: Sequence) -> None:
     """One line per run, x (R, M) and y (R, M); the compared ones stand out."""
+    crowd = [i for i in range(len(c.runs)) if i not in shown] if len(c.runs) > NAMED else []  # too many to name each
     for i in range(len(c.runs)):
         look = dict(color=GREY, ls=("-.", ":")[i % 2], marker="vD^x+*P"[i % 7], lw=1, ms=4, zorder=2)
         if i in shown:
             k = shown.index(i)
             look = dict(color=(INK, RED)[k], ls=("-", "--")[k], marker="os"[k], lw=1.8, ms=4.5, zorder=3)
-        known, first = np.isfinite(y[i]), next((j for j in range(len(c.runs)) if j not in shown), None)
-        label = c.names[i] if i in shown or len(c.runs) <= NAMED else f"{len(c.runs) - len(shown)} other runs" if i == first else None
+        known = np.isfinite(y[i])
+        label = c.names[i] if i in shown or not crowd else f"{len(crowd)} other runs" if i == crowd[0] else None
         ax.plot(np.asarray(x[i])[known], np.asarray(y[i])[known], label=label, **look)
 
 

@@ -105,7 +105,7 @@ class PhaseB:
         if step in (0, self.steps):
             texts = [text for text in files.read_json(self.folder / "samples.json") if text["when"] == "before"] if step else []
             texts += [text for learner in self.learners for text in self.exam.samples(learner.model, learner.name, when)]
-            write(files.write_json, self.folder / "samples.json", texts)
+            runs.write(files.write_json, self.folder / "samples.json", texts)
         for learner in self.learners:
             learner.since_milestone()
             self.keep_within(learner, [*self.state["records"], *new])
@@ -145,6 +145,8 @@ class PhaseB:
         milestone = self.marks.index(step)
         full = step in self.full
         scores = self.exam.scores(learner.model, pause, full)
+        if not all(math.isfinite(scores[part][split]["bpb"]) for part in ("domain", "general") for split in ("val", "test")):
+            self.give_up(learner, "its scores are not finite")
         if step == 0:
             learner.recall.baseline(learner.model, self.exam.token_bytes)
         begun = next((r for r in self.state["records"] if r["arm"] == learner.name), scores)["domain"]["val"]["subdomains"]
@@ -190,7 +192,7 @@ class PhaseB:
         if self.saving and (wait or not runs.over_ranks(torch.tensor(int(not self.saving[0].done())), "max")):
             (part, step, records), self.saving = self.saving, None
             runs.complete(self.folder, step, part.result(), self.full[1:] if self.args.keep_milestones else ())
-            write(files.write_jsonl, self.folder / "records.jsonl", records)
+            runs.write(files.write_jsonl, self.folder / "records.jsonl", records)
         self.state["checkpoint_s"] += time.perf_counter() - start
 
     def load(self, state: dict[str, Any]) -> None:
@@ -238,9 +240,3 @@ def within(records: list[dict], arm: str, bound: float) -> dict:
     mine = [r for r in records if r["arm"] == arm]
     kept = [r for r in mine if r["general"]["val"]["bpb"] <= mine[0]["general"]["val"]["bpb"] + bound]
     return min(kept, key=lambda r: r["domain"]["val"]["bpb"])
-
-
-def write(how: Callable, path: Path, value: Any) -> None:
-    """Files of the run are rank 0's."""
-    if runs.ranks()[0] == 0:
-        how(path, value)

@@ -95,6 +95,12 @@ def together(where: Callable[[], str]) -> Iterator[None]:
         sys.exit(1)
 
 
+def write(how: Callable, path: Path, value: Any) -> None:
+    """Files that are the run's, not a rank's, are rank 0's."""
+    if ranks()[0] == 0:
+        how(path, value)
+
+
 def place(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"{step:06d}"
 

@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from nanochat_cl import command, corpus, files, runs
+from nanochat_cl import command, corpus, files
 from nanochat_cl.profiles import PROFILES
 
 
@@ -25,20 +25,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> None:
     from nanochat.common import get_base_dir
-    done = Path(get_base_dir()) / "tokenizer" / "made_with.json"
-    made_with = {"vocab_size": args.vocab_size, "max_chars": args.max_chars, "corpus_files": corpus.complete(args.profile)["files"]}
-    if done.is_file():
-        before = files.read_json(done)
-        sizes = {**made_with, "corpus_files": before["corpus_files"]}  # each domain takes near duplicates out of the corpus: no reason to refuse
-        runs.check_same(done.parent, before, sizes, "checkpoints depend on it: use another NANOCHAT_BASE_DIR")
-        print(f"tokenizer | complete: {args.vocab_size:,} entries in {done.parent}"
-              + "; the general text has changed since it was trained" * (before != made_with))
+    folder = Path(get_base_dir()) / "tokenizer"
+    asked = {"vocab_size": args.vocab_size, "max_chars": args.max_chars}  # not the text: every domain takes near duplicates out of it
+    text = corpus.complete(args.profile)["files"]
+    if made := corpus.manifest(folder, asked, "made_with.json"):
+        changed = "; the general text has changed since it was trained" if made["corpus_files"] != text else ""
+        print(f"tokenizer | complete: {args.vocab_size:,} entries in {folder}{changed}")
         return
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # one line per percent otherwise
     sys.argv = ["tok_train", f"--vocab-size={args.vocab_size}", f"--max-chars={args.max_chars}"]
     runpy.run_module("scripts.tok_train", run_name="__main__")
-    files.write_json(done, made_with)
-    print(f"tokenizer | {args.vocab_size:,} entries in {done.parent}; next: python -m nanochat_cl.pretrain --profile {args.profile}")
+    files.write_json(folder / "made_with.json", {**asked, "corpus_files": text})
+    print(f"tokenizer | {args.vocab_size:,} entries in {folder}; next: python -m nanochat_cl.pretrain --profile {args.profile}")
 
 
 def load(profile: str) -> tuple:

@@ -87,6 +87,10 @@ def test_an_effect_below_the_smallest_of_interest_is_not_beyond_the_limit():
     (1, 1, 0, 1, [], 3, "PARTLY"),
     (-1, 0, 1, 1, [], 3, "DOMINATES"),
     (-1, 0, 1, 1, ["confirmatory data"], 3, "INCONCLUSIVE"),
+    (-1, 0, 1, -1, [], 3, "INCONCLUSIVE"),
+    (1, -1, -1, 1, ["cool-down"], 3, "INCONCLUSIVE"),
+    (1, -1, -1, 1, ["routed tokens"], 3, "INCONCLUSIVE"),
+    (1, -1, -1, 1, ["same Phase A"], 3, "INCONCLUSIVE"),
     (1, -1, -1, 1, [], 3, "NOT SUPPORTED"),
     (1, -1, -1, 1, ["exercised isolation"], 3, "INCONCLUSIVE"),
     (1, -1, -1, 1, ["interior dense optimum", "confirmatory data"], 3, "NOT SUPPORTED"),
@@ -150,7 +154,7 @@ def test_one_seed_never_decides_and_says_what_its_interval_covers():
 
 
 def test_three_exploratory_seeds_below_are_not_supported():
-    v = crossover.assess(synthetic.records(gap=lambda t: -0.08, seeds=(1, 2, 3)))
+    v = crossover.assess(synthetic.records(gap=lambda t: -0.08, seeds=(1, 2, 3), cooled=True))
     assert v["verdict"] == "NOT SUPPORTED" and v["parts"]["crossing"]["state"] == "fail" and not v["confirmatory"], v["sentence"]
 
 
@@ -175,6 +179,79 @@ def test_replay_controls_may_see_other_batches():
     for r in rows:
         r["stream_hash"] += "5" * (r["recipe"] == "replay=0.05")
     assert ("dense", "replay=0.05") in curves.paired(rows).runs
+
+
+# --- record sets that look like a crossing and are none
+
+def claimed(arms=CROSS, harm=lambda r: None, **changed):
+    """The certificate of a claim with every condition met but for what `harm` does to each record."""
+    rows = synthetic.records(arms, **CLAIM | changed)
+    for r in rows:
+        harm(r)
+    return crossover.assess(rows)
+
+
+def test_a_dense_limit_before_the_cool_down_is_none():
+    """Dense gets worse at the very end, so that its best milestone lies before the last; by then its rate has not come down."""
+    def late(r):
+        r["lr_mult"] *= 1 if r["milestone"] == 8 else 1 / (1 - r["milestone"] / 8)  # cooled at the last milestone alone
+        if r["arm"] == "dense" and r["milestone"] == 7:
+            r["domain"]["val"]["bpb"] -= 0.3
+    v = claimed(harm=late)
+    assert v["dense_limit"]["milestone"] == 7 and v["checks"]["cool-down"]["state"] == "fail", v["checks"]["cool-down"]
+    assert v["verdict"] == "PARTLY" and "beyond the dense limit" not in v["holds"]
+
+
+@pytest.mark.parametrize("place", ["domain on val", "a domain document", "a general document"])
+def test_a_score_that_is_not_finite_is_refused_and_never_the_best(place):
+    def harm(r):
+        if (r["recipe"], r["seed"], r["milestone"]) == ("lr_mult=2.0", 2, 5):
+            if place == "domain on val":
+                r["domain"]["val"]["bpb"] = float("nan")
+            else:
+                test = r["general"]["test"] if "general" in place else r["domain"]["test"]["subdomains"]["numpy"]
+                test["docs"][0][0] = float("nan")
+    with pytest.raises(UserError, match="not finite from milestone 5 on"):
+        claimed(harm=harm)
+
+
+def test_rates_of_another_recipe_do_not_make_an_optimum_interior():
+    arms = {("dense", "lr_schedule=linear"): (1.0, lambda t: 0.0, 0.25), ("dense", "lr_mult=0.1"): (0.1, lambda t: -0.1 * t, 0.2),
+            ("dense", "lr_mult=10.0"): (10.0, lambda t: -0.1 * t, 0.2), ("cl", "default"): CROSS["cl", "default"]}
+    v = claimed(arms)
+    assert v["dense_limit"]["run"] == "dense/lr_schedule=linear" and v["checks"]["interior dense optimum"]["state"] == "fail"
+    assert v["verdict"] == "PARTLY"
+
+
+def test_options_that_mean_nothing_to_dense_make_no_trials_of_it():
+    options = [f"plasticity=budget:0.{i}" for i in range(1, 8)]
+    arms = CROSS | {("dense", o): CROSS["dense", "default"] for o in options} | {("cl", o): CROSS["cl", "default"] for o in options}
+    v = claimed(arms)
+    assert v["checks"]["equal trials"] == dict(state="fail", found="3 dense, 8 other (arms x recipes; no more than dense)")
+    assert v["verdict"] == "INCONCLUSIVE"
+
+
+def test_phase_a_is_compared_on_every_seed():
+    more = lambda r: r.update(phase_a_tokens=r["phase_a_tokens"] * (10 if (r["arm"], r["seed"]) == ("cl", 3) else 1))
+    v = claimed(harm=more)
+    assert v["checks"]["same Phase A"]["state"] == "fail" and v["verdict"] == "PARTLY"
+
+
+def test_another_schedule_is_refused_where_replay_lets_the_streams_differ():
+    arms = {key if key[0] == "dense" else ("cl", "replay=0.05"): value for key, value in CROSS.items()}
+    def harm(r):
+        if r["arm"] == "cl":
+            r["stream_hash"] += "5"
+            r["schedule"] = "iid"
+    with pytest.raises(UserError, match="ran on schedule iid"):
+        claimed(arms, harm)
+
+
+def test_a_model_that_dominates_has_kept_its_floor():
+    above = {key: (lr, (lambda t: 0.08) if key[0] == "cl" else gain, lost) for key, (lr, gain, lost) in CROSS.items()}
+    assert claimed(above)["verdict"] == "DOMINATES" and claimed(above)["missing"] == []
+    above["cl", "default"] = (1.0, lambda t: 0.08, 2.0)
+    assert claimed(above)["verdict"] == "INCONCLUSIVE"
 
 
 # --- bad input

@@ -9,7 +9,7 @@ from PIL import Image
 import synthetic
 from nanochat_cl import crossover, curves, figures, report
 
-CONFIG = dict(argv=["python", "-m", "nanochat_cl.evolve", "--arms", "dense,cl"], profile="cpu", seed=42, commit="0123abc",
+CONFIG = dict(run="synthetic", argv=["python", "-m", "nanochat_cl.evolve", "--arms", "dense,cl"], profile="cpu", seed=42, commit="0123abc",
               arms=dict(dense=dict(cl=None, depth=4), cl=dict(cl=dict(blocks=16), depth=4)))
 SAMPLES = [dict(arm=arm, when=when, prompt="import numpy", text=f"<script>alert('{arm} {when}')</script>")
            for arm in ("dense", "cl") for when in ("before", "after")]
@@ -149,7 +149,7 @@ def test_probes_have_bpb_first_and_centred_accuracy(full):
     last = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()][-1]
     cloze = last["facts"]["cloze"]
     cell = f"{cloze['gold_bpb']:.3f}, {(cloze['accuracy'] - .25) / .75:+.0%}".replace("-", figures.MINUS)
-    assert last["arm"] == "cl" and f"<td>facts: cloze</td><td>25%</td>" in page and f"<td>{cell}</td></tr>" in page
+    assert last["arm"] == "cl" and "<td>facts: cloze</td><td>25%</td>" in page and f"<td>{cell}</td></tr>" in page
 
 
 def test_recipes_and_controls_share_one_ledger():
@@ -166,3 +166,17 @@ def test_recipes_and_controls_share_one_ledger():
                                     (None, "not measured")])
 def test_counts_are_whole_and_scores_have_four_digits(x, text):
     assert report.quantity(x) == text
+
+
+def test_pooled_runs_show_samples_and_configuration_of_the_compared_ones_and_every_command(tmp_path):
+    both, better = {("dense", "default"): (1.0, lambda t: 0.0, 0.25), ("cl", "default"): (1.0, lambda t: -0.03, 0.2)}, ("dense", "lr_mult=0.5")
+    folders = []
+    for name, arms, text in (("a", both, "worse"), ("b", {better: (0.5, lambda t: 0.05 * t, 0.2)}, "better")):
+        rows = [{**r, "run": name} for r in synthetic.records(arms, milestones=4, docs=3)]
+        samples = [dict(arm=arm, when="after", prompt="import numpy", text=f"{arm} of the {text} run") for arm, _ in arms]
+        config = dict(run=name, argv=["evolve", "--name", name], arms={arm: dict(made_by=name) for arm, _ in arms})
+        folders.append(str(synthetic.write(tmp_path / name, rows, config=config, samples=samples)))
+    report.report(folders)
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "dense of the better run" in page and "cl of the worse run" in page and "dense of the worse run" not in page
+    assert "evolve --name a" in page and "evolve --name b" in page and "configuration of dense/lr_mult=0.5" in page
