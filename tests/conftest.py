@@ -1,5 +1,8 @@
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a shell started with &: the programs under test would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only get in each other's way
 os.environ.setdefault("NANOCHAT_DTYPE", "float32")  # the recorded numbers are, and a GPU would choose bfloat16
 
