@@ -20,7 +20,7 @@ import numpy as np
 
 from nanochat_cl import files
 from nanochat_cl.command import UserError, run
-from nanochat_cl.curves import Curves, load, paired, scores
+from nanochat_cl.curves import Curves, load, lost, paired, scores
 from nanochat_cl.estimates import Estimate, over_documents, over_seeds, resample
 from nanochat_cl.seeds import seed_for
 
@@ -31,8 +31,8 @@ MIN_IDLE_SHARE, MAX_CONSTANT_SHARE = 0.20, 0.15  # median share of blocks that d
 COOLED = 0.2                            # last / highest learning rate of a run that was cooled down
 PARTS = {"gap": "initial gap", "crossing": "crossing", "limit": "beyond the dense limit", "floor": "floor kept"}
 # What is missing where one of these checks did not pass:
-CROSSING_NEEDS = {"equal trials", "documents"}                              # a fair crossing
-LIMIT_NEEDS = {"interior dense optimum", "cool-down", "unique text"}        # a dense limit
+CROSSING_NEEDS = {"equal trials", "documents", "interior dense optimum"}    # a fair crossing
+LIMIT_NEEDS = {"cool-down", "unique text"}                                  # a dense limit, besides
 REFUSAL_NEEDS = {"exercised isolation", "routed tokens", "same Phase A", "cool-down", "finished runs", "tokens"}    # a fair chance for "yes"
 MOOT = ("plasticity=budget", "release=", "newcomers=")                      # options that change nothing in a dense arm
 
@@ -92,7 +92,8 @@ def criteria(d: Estimate, beyond: Estimate, floor: Estimate, trend: Estimate) ->
 def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, list[str], list[str]]:
     """
     (verdict, parts that hold, what is missing) from the criteria of one run, the number of seeds and the names of checks that did not pass.
-    A limit that is none cannot be passed, an arm with more trials cannot cross, one not isolated cannot lose, one seed proves nothing.
+    A limit that is none cannot be passed, a dense arm with fewer trials or no best rate cannot be crossed, one not isolated cannot lose, one
+    seed proves nothing.
     """
     state, missing = {name: int(parts[name]) for name in PARTS}, set(failed)
     sound = not missing and seeds >= MIN_SEEDS
@@ -118,8 +119,11 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     return word, holds, sorted(missing)
 
 
-def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int) -> dict[str, tuple[str, str]]:
-    """Threats to validity: name -> (pass | fail | not tested, what was found); `limit`, at milestone `limit_m`, and `cl` are the chosen runs."""
+def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int, gone: list[dict] = ()) -> dict[str, tuple[str, str]]:
+    """
+    Threats to validity: name -> (pass | fail | not tested, what was found); `limit`, at milestone `limit_m`, and `cl` are the chosen runs,
+    `gone` the trials that a guard stopped (`curves.lost`).
+    """
     def check(passed: bool, text: str, *known: float) -> tuple[str, str]:
         """`known` are the numbers without which nothing can be said."""
         return ("pass" if passed else "fail", text) if np.isfinite(known).all() else ("not tested", "not recorded")
@@ -132,11 +136,15 @@ def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int) -> di
     peak = lr.max(-1)
     cooled = lr[limit, limit_m] / peak[limit], lr[cl, -1] / peak[cl]
 
-    def without(i: int, options: tuple[str, ...]) -> tuple[str, ...]:
+    def without(name: tuple[str, str], options: tuple[str, ...]) -> tuple[str, ...]:
         """Arm and recipe of a run but for `options`."""
-        return c.runs[i][0], *(part for part in c.runs[i][1].split(",") if part != "default" and not part.startswith(options))
-    tried = sorted({float(peak[i]) for i in dense if without(i, ("lr_mult=",)) == without(limit, ("lr_mult=",))})
-    trials, others = len({without(i, MOOT) for i in dense}), len(c.runs) - len(dense)
+        return name[0], *(part for part in name[1].split(",") if part != "default" and not part.startswith(options))
+    stopped = {(trial["arm"], trial["recipe"]): trial["lr_mult"] for trial in gone}
+    rates = {c.runs[i]: float(peak[i]) for i in dense} | stopped
+    tried = sorted({rate for name, rate in rates.items() if without(name, ("lr_mult=",)) == without(c.runs[limit], ("lr_mult=",))})
+    names = {*c.runs, *stopped}
+    trials = len({without(name, MOOT) for name in names if name[0].startswith("dense")})
+    others = sum(not name[0].startswith("dense") for name in names)
     return {
         "seeds": check(len(c.seeds) >= MIN_SEEDS, f"{len(c.seeds)} in every run (at least {MIN_SEEDS})"),
         "confirmatory data": check(declared, f"{'' if declared else 'not '}declared on a domain, split and seeds never used for choosing"),
@@ -149,7 +157,8 @@ def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int) -> di
         "cool-down": check(max(cooled) <= COOLED, f"last / highest learning rate: {c.names[limit]} {cooled[0]:.2f}, {c.names[cl]} "
                            f"{cooled[1]:.2f} (at most {COOLED:g})", *cooled),
         "unique text": check(epoch <= MAX_EPOCHS, f"{epoch:.2f} epochs of it (at most {MAX_EPOCHS:g})", epoch),
-        "equal trials": check(others <= trials, f"{trials} dense, {others} other (arms x recipes; no more than dense)"),
+        "equal trials": check(others <= trials, f"{trials} dense, {others} other (arms x recipes; no more than dense)"
+                              + f"; of all, {len(stopped)} stopped by a guard" * bool(stopped)),
         "same Phase A": check((budget[0] == budget[1]).all(), " and ".join(f"{x.mean():,.0f}" for x in budget) + " tokens", *budget.ravel()),
         "finished runs": check(all(rows[-1].get("final") for rows in c.at.values()), "every run must have reached its last milestone")}
 
@@ -176,8 +185,8 @@ def estimated_over_documents(c: Curves, x: dict, cl: int, at: np.ndarray, limit:
     return {name: over_documents(x[name].mean(0), draws[name]) for name in draws}
 
 
-def assess(records: list[dict], arm: str = "cl") -> dict:
-    """The certificate of a set of records, as it is written to crossover.json; `arm` is the one that is Model-CL."""
+def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
+    """The certificate of a set of records, as it is written to crossover.json; `arm` is the one that is Model-CL, `gone` as in `checks`."""
     c = paired(records)
     dense = [i for i, (name, _) in enumerate(c.runs) if name.startswith("dense")]
     mine = [i for i, (name, _) in enumerate(c.runs) if name == arm]
@@ -190,7 +199,7 @@ def assess(records: list[dict], arm: str = "cl") -> dict:
 
     one, by_documents = len(c.seeds) == 1, estimated_over_documents(c, x, cl, at, limit, limit_m)
     e = by_documents if one else {name: over_seeds(x[name]) for name in by_documents}
-    parts, found = criteria(e["d"], e["beyond"], e["floor"], e["trend"]), checks(c, dense, limit, limit_m, cl)
+    parts, found = criteria(e["d"], e["beyond"], e["floor"], e["trend"]), checks(c, dense, limit, limit_m, cl, gone)
     if parts["ahead"] and not one:
         end = number(by_documents["d"], -1)
         found["documents"] = ("pass" if end["low"] > 0 else "fail", f"d at the end over documents: {interval(end)}")
@@ -198,7 +207,8 @@ def assess(records: list[dict], arm: str = "cl") -> dict:
 
     d, stays = e["d"], lasting(e["d"].mean)
     k = int(stays.argmax())                                                        # the first milestone above for good, 0 if there is none
-    around = slice(k - 1, k + 1)
+    around, crossed = slice(k - 1, k + 1), parts["crossing"] > 0
+    ahead = (d.band_low > 0).nonzero()[0]
     end = number(Estimate(d.mean, d.band, d.band), -1)
     numbers = dict(gap=number(d), crossing=end, limit=number(e["beyond"]), floor=number(e["floor"]))
     out = dict(
@@ -207,9 +217,10 @@ def assess(records: list[dict], arm: str = "cl") -> dict:
         over="documents of one seed" if one else f"{len(c.seeds)} seeds",
         parts={p: dict(name=PARTS[p], state=("open", "pass", "fail")[int(parts[p])], **numbers[p]) for p in PARTS},
         general_start=dict(dense=-c.general[at[0], :, 0].mean(), cl=-c.general[cl, :, 0].mean(), **number(e["start"])),
-        crossing_tokens=float(np.interp(0, d.mean[around], c.tokens[around])) if k else None,
-        crossing_between=c.tokens[around].tolist() if k else None, above_from_start=bool(stays[0]),
-        censored_after_tokens=None if stays.any() else int(c.tokens[-1]),
+        crossing_tokens=float(np.interp(0, d.mean[around], c.tokens[around])) if crossed else None,
+        crossing_between=c.tokens[around].tolist() if crossed else None, above_from_start=bool(stays[0]),
+        censored_after_tokens=None if crossed or stays[0] else int(c.tokens[-1]),
+        mean_above_from=int(c.tokens[k]) if stays.any() else None, ahead_at=c.tokens[ahead].tolist(),
         dense_limit=dict(run=c.names[limit], milestone=limit_m, bpb=float(-c.test[limit, :, limit_m].mean())),
         curves=dict(d=d.mean.tolist(), d_low=d.low.tolist(), d_high=d.high.tolist(), band_low=d.band_low.tolist(),
                     band_high=d.band_high.tolist(), cl_bpb=(-c.test[cl].mean(0)).tolist(), dense_run=[c.names[i] for i in at],
@@ -222,7 +233,11 @@ def sentence(v: dict) -> str:
     """The verdict in one sentence with its numbers."""
     tokens, at = f"{v['tokens'][-1] / 1e6:.2f}M tokens", v["crossing_tokens"]
     what = (f"{v['arm']} is above the dense curve from the first milestone on, so there is nothing to cross" if v["above_from_start"] else
-            f"{v['arm']} passes the dense curve at {at / 1e6:.2f}M of {tokens}" if at else f"no crossing observed within {tokens}")
+            f"{v['arm']} passes the dense curve at {at / 1e6:.2f}M of {tokens}" if at else
+            f"the mean of {v['arm']} is above the dense curve from {v['mean_above_from'] / 1e6:.2f}M of {tokens} on, which the bands don't "
+            f"confirm: no crossing" if v["mean_above_from"] else
+            f"{v['arm']} was ahead at {v['ahead_at'][-1] / 1e6:.2f}M of {tokens} and fell behind again: no crossing" if v["ahead_at"] else
+            f"no crossing observed within {tokens}")
     text = (f"{v['verdict']}: {what}; at the end d = {interval(v['parts']['crossing'])} bpb, against the dense limit "
             f"{interval(v['parts']['limit'])} bpb, general loss beyond dense's {interval(v['parts']['floor'])} bpb "
             f"(95 %, over {v['over']}; d > 0: {v['arm']} is better)")
@@ -232,9 +247,9 @@ def sentence(v: dict) -> str:
 
 def certify(run_dirs: list[str], arm: str = "cl") -> dict:
     """Assess the runs and write crossover.json to the first of them."""
-    out = assess(load(run_dirs), arm)
-    paths = [Path(d).resolve() / "records.jsonl" for d in run_dirs]
-    out["inputs"] = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    out = assess(load(run_dirs), arm, lost(run_dirs))
+    paths = [Path(d) / name for d in run_dirs for name in ("records.jsonl", "stopped.json")]
+    out["inputs"] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
     files.write_json(Path(run_dirs[0]) / "crossover.json", out)
     return out
 

@@ -12,13 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat_cl import files
 from nanochat_cl.command import UserError
 
 
+def lost(run_dirs: list[str | Path]) -> list[dict]:
+    """The trials among several runs that a guard stopped: arm, recipe, lr_mult, seed, step and reason of each. One run is no trial."""
+    found = [path for d in run_dirs if (path := Path(d) / "stopped.json").is_file()]
+    return [files.read_json(path) for path in found] if len(run_dirs) > 1 else []
+
+
 def load(run_dirs: list[str | Path]) -> list[dict]:
-    """All records of the runs. UserError names the file and line of what cannot be read."""
+    """
+    All records of the runs, but for recipes that an arm has `lost` on one of the seeds. UserError names the file and line of what cannot
+    be read.
+    """
     records: dict[tuple, dict] = {}
-    for path in (Path(d) / "records.jsonl" for d in run_dirs):
+    gone = {(trial["arm"], trial["recipe"]) for trial in lost(run_dirs)}
+    for path in (Path(d) / "records.jsonl" for d in run_dirs if len(run_dirs) == 1 or not (Path(d) / "stopped.json").is_file()):
         if not path.is_file() or not path.stat().st_size:
             raise UserError(f"{path} holds no record: expected a Phase B run; run nanochat_cl.evolve to its first milestone")
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -31,14 +42,15 @@ def load(run_dirs: list[str | Path]) -> list[dict]:
                 raise UserError(f"{path} line {number} {what}: the file was cut or edited; run the same evolve command again") from None
             if key in records:
                 raise UserError(f"{key[0]}/{key[1]} seed {key[2]} is in two of the runs; name each run once")
-            records[key] = r
+            if key[:2] not in gone:
+                records[key] = r
     return list(records.values())
 
 
-def documents(r: dict, part: str) -> np.ndarray:
-    """(D, 3) nats, bytes and number of the sub-domain of a record's test documents; part is "domain" or "general"."""
-    test = r[part]["test"]
-    panels = [panel for _, panel in sorted(test["subdomains"].items())] if part == "domain" else [test]
+def documents(r: dict, part: str, split: str = "test") -> np.ndarray:
+    """(D, 3) nats, bytes and number of the sub-domain of a record's held-out documents; part is "domain" or "general"."""
+    found = r[part][split]
+    panels = [panel for _, panel in sorted(found["subdomains"].items())] if part == "domain" else [found]
     return np.array([(nats, size, j) for j, panel in enumerate(panels) for nats, size in panel["docs"]], float)
 
 
@@ -54,7 +66,7 @@ def scores(nats: np.ndarray, size: np.ndarray, owner: np.ndarray, weights: np.nd
 
 @dataclass(frozen=True)
 class Curves:
-    """Records as arrays over runs = [(arm, recipe)] (R), dense ones first, seeds that every run has (S) and milestones (M)."""
+    """Records as arrays over runs = [(arm, recipe)] (R), dense ones first, seeds (S) and milestones (M)."""
     runs: list[tuple[str, str]]
     seeds: list[int]
     at: dict[tuple, list[dict]]         # (arm, recipe, seed) -> its records by milestone
@@ -84,9 +96,10 @@ def paired(records: list[dict]) -> Curves:
     at: dict[tuple, list[dict]] = {}
     for r in sorted(records, key=lambda r: r["milestone"]):
         at.setdefault((r["arm"], r["recipe"], r["seed"]), []).append(r)
-    seeds = [s for s in sorted({key[2] for key in at}) if all((*name, s) in at for name in names)]
-    if not seeds:
-        raise UserError(f"no seed was run in every arm and recipe ({', '.join('/'.join(n) for n in names)}); arms are paired by seed")
+    seeds = sorted({key[2] for key in at})
+    if missing := [f"{'/'.join(name)} seed {s}" for name in names for s in seeds if (*name, s) not in at]:
+        raise UserError(f"arms are paired by seed, and {', '.join(missing[:4])} is missing beside the others: run it, or leave that arm and "
+                        f"recipe, or that seed, out")
     c, streams = Curves(names, seeds, at), {}
     for name in names:
         for s in seeds:
@@ -104,7 +117,7 @@ def paired(records: list[dict]) -> Curves:
             if hashes != streams.setdefault((s, *replay), hashes):
                 raise UserError(f"{who} saw another stream than the other runs of this seed (their stream hashes differ): not comparable; "
                                 f"run both arms with the same data, schedule and batch")
-            for part in ("domain", "general"):
-                if any(not np.array_equal(documents(r, part)[:, 1:], documents(c.first[0], part)[:, 1:]) for r in mine):
+            for part, split in ((part, split) for part in ("domain", "general") for split in ("val", "test")):
+                if any(not np.array_equal(documents(r, part, split)[:, 1:], documents(c.first[0], part, split)[:, 1:]) for r in mine):
                     raise UserError(f"{who} was scored on other documents than {c.names[0]}: use one held-out set for all")
     return c

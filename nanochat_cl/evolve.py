@@ -162,6 +162,8 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
             "run": args.name, "argv": ["python", "-m", "nanochat_cl.evolve", *args.argv], "profile": args.profile, "asked": asked,
             "steps": steps, "milestones": run.marks, "machine": machine.describe(),
             "arms": {a.arm: {**a.cost, "cl": a.config.get("cl"), "phase_a": a.result} for a in found}})
+    if runs.ranks()[0] == 0:
+        (folder / "stopped.json").unlink(missing_ok=True)  # of an earlier try
     if state:
         run.load(state)
         runs.write(files.write_jsonl, folder / "records.jsonl", run.state["records"])

@@ -19,7 +19,7 @@ from nanochat_cl.command import UserError
 from nanochat_cl.recall import Recall
 
 MEMORY_STEPS = 64       # losses that the running median is taken of
-EXPLOSION_NATS = 3.0    # above that median: from the 3 nats of a trained model to those of an untrained one
+EXPLOSION_NATS = 3.0    # above what is usual: from the 3 nats of a trained model to those of an untrained one
 EXPLOSION_STEPS = 3     # in a row, since one batch of odd documents is no explosion
 PASSAGES = 4            # of each window of the stream that are asked for again
 
@@ -177,13 +177,14 @@ class Learner:
         return [plasticity.idle_share(runs.over_ranks(kind, "max")) if isolated else 0.0 for kind in learned]
 
     def trouble(self) -> str | None:
-        """What is wrong with the last losses: not finite, or far above their running median."""
+        """What is wrong with the last losses: not finite, or far above their running median (and the first, while it is in memory)."""
         *before, last = self.losses
         if not math.isfinite(last):
             return f"the loss is {last}"
-        limit = statistics.median(before) + EXPLOSION_NATS if len(before) >= 2 * EXPLOSION_STEPS else math.inf
-        if min(self.losses[-EXPLOSION_STEPS:]) > limit:
-            return f"the loss exploded to {last:.2f}: {EXPLOSION_STEPS} steps above {limit:.2f}, the running median + {EXPLOSION_NATS} nats"
+        if len(before) >= EXPLOSION_STEPS:
+            usual = min([statistics.median(before), *before[:len(self.losses) < MEMORY_STEPS]])  # the first is still Phase A's
+            if min(self.losses[-EXPLOSION_STEPS:]) > usual + EXPLOSION_NATS:
+                return f"the loss exploded to {last:.2f}: {EXPLOSION_STEPS} steps more than {EXPLOSION_NATS} nats above the usual {usual:.2f}"
         return None
 
     def blocks(self) -> dict[str, Any] | None:

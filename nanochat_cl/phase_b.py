@@ -95,6 +95,9 @@ class PhaseB:
 
     def give_up(self, learner: Learner, reason: str) -> None:
         self.saved()
+        runs.write(files.write_json, self.folder / "stopped.json", {
+            "arm": learner.name, "recipe": learner.recipe.name, "lr_mult": learner.recipe.lr_mult, "seed": self.args.seed,
+            "step": self.state["step"], "reason": reason})
         machine.say(f"evolve | stopped at {self.where(f': arm {learner.name}, {reason}')}; try a lower --lr-mult under another --name")
         sys.exit(1)
 

@@ -5,7 +5,8 @@ python -m nanochat_cl.sweep --profile cpu --arms dense,cl --lrs 0.1,0.3,1,3 --se
 python -m nanochat_cl.sweep --profile h100x8 --nproc 8 --dry-run      # the plan alone: tokens, FLOPs, memory, disk, hours
 
 Flags that are not its own go to every evolve. Arms that share recipe and seed learn in lockstep in one run. Chosen is on val alone. An
-optimum at the edge of its grid is none: the grid grows on that side, for all arms. Writes <base>/evolve/<name>/: a folder per run, logs/
+optimum at the edge of its grid is none: the grid grows on that side, for all arms. A run that a guard stopped is a trial lost by the arm that
+the guard names, and the others run again without it; any other failure stops the sweep. Writes <base>/evolve/<name>/: a folder per run, logs/
 and sweep.json, the ledger of trials; then the certificate and the report over all runs, in the folder of the first.
 """
 import argparse
@@ -49,6 +50,10 @@ class Job:
         ended = {r["arm"]: r["domain"]["val"]["bpb"] for r in records if r["final"]}
         return ended if set(ended) == set(self.arms) else {}
 
+    def lost(self) -> str | None:
+        """The arm for which a guard of evolve stopped the run: a trial that lost."""
+        return files.read_json(path)["arm"] if self.recipe and (path := self.folder / "stopped.json").is_file() else None
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     numbers = lambda kind: lambda text: [kind(x) for x in text.split(",")]
@@ -67,7 +72,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument("--tok-per-s", type=float, help="training speed for the plan's hours (default: as earlier runs here measured it)")
     args, args.rest = p.parse_known_args(argv)
-    args.arms, theirs = args.arms.split(","), evolve.parse(["--profile", args.profile, *args.rest])
+    args.arms, theirs = list(dict.fromkeys(args.arms.split(","))), evolve.parse(["--profile", args.profile, *args.rest])
+    args.seeds, args.recipes = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(read(label).name for label in args.recipes))
     args.sizes, args.size = theirs.sizes, ["--profile", args.profile, *(["--depth", str(theirs.depth)] if theirs.depth else [])]
     if (theirs.recipe, theirs.seed, theirs.name, theirs.arms) != (Recipe(), 42, None, ["dense", "cl"]):
         raise UserError("a sweep names its runs and recipes itself: expected --recipes OPTION=VALUE,..., --lrs, --seeds and --arms")
@@ -104,7 +110,10 @@ def phase_a(args: argparse.Namespace, base: Path) -> list[Job]:
 
 
 def phase_b(args: argparse.Namespace, base: Path, grid: Mapping[str, list[float]]) -> list[Job]:
-    """Phase B at every point of the grid {label: learning rates}; arms with a replay share of their own need a run of their own."""
+    """
+    Phase B at every point of the grid {label: learning rates}. Arms with a replay share of their own need a run of their own, and so do those
+    whose run a guard has stopped because of another arm.
+    """
     jobs, batch = [], args.sizes["total_batch_size"]
     for label, seed, lr in ((label, seed, lr) for label, lrs in grid.items() for seed in args.seeds for lr in lrs):
         recipe, streams = replace(read(label), lr_mult=lr), {}
@@ -112,10 +121,16 @@ def phase_b(args: argparse.Namespace, base: Path, grid: Mapping[str, list[float]
             streams.setdefault(of_arm(recipe, arms.named(a).recipe).replay, []).append(a)
         options = [f"--{f.name.replace('_', '-')}={value}" for f in fields(Recipe) if (value := getattr(recipe, f.name)) != f.default]
         for replay, mine in streams.items():
-            name = f"{'' if replay == recipe.replay else '+'.join(mine) + '_'}{recipe.name}_s{seed}"
-            argv = ("--profile", args.profile, "--arms", ",".join(mine), "--seed", str(seed), "--name", f"{args.name}/{name}", *options)
-            jobs.append(Job(name, base / "evolve" / args.name / name, ("nanochat_cl.evolve", *args.rest, *argv), tuple(mine), seed,
-                            args.sizes["max_tokens"] // batch * batch, recipe, label))
+            prefix = "" if replay == recipe.replay else "+".join(mine) + "_"
+            while mine:
+                name = f"{prefix}{recipe.name}_s{seed}"
+                argv = ("--profile", args.profile, "--arms", ",".join(mine), "--seed", str(seed), "--name", f"{args.name}/{name}", *options)
+                job = Job(name, base / "evolve" / args.name / name, ("nanochat_cl.evolve", *args.rest, *argv), tuple(mine), seed,
+                          args.sizes["max_tokens"] // batch * batch, recipe, label)
+                lost = job.lost()
+                jobs.append(replace(job, arms=(lost,)) if lost else job)
+                mine = [a for a in mine if a != lost] if lost else []
+                prefix = "+".join(mine) + "_"
     return jobs
 
 
@@ -147,7 +162,7 @@ def plan(args: argparse.Namespace, base: Path, jobs: list[Job]) -> None:
     """Print what is to be done. Hours are those of training, memory is without activations, disk that of the states that are kept."""
     records = [r for path in (base / "evolve").rglob("records.jsonl") for r in files.read_jsonl(path)]
     speeds = {r["params_total"]: r["tok_per_s"] for r in records if r["tok_per_s"]}
-    missing, hours, disk = [job for job in jobs if not job.scores()], 0.0, 0.0
+    missing, hours, disk = [job for job in jobs if not job.scores() and not job.lost()], 0.0, 0.0
     for a in dict.fromkeys(a for job in jobs for a in job.arms):
         shape, mine = config(args.size, a), [job for job in missing if a in job.arms]
         flops, size, tokens = accounting.flops_per_token(shape), accounting.params(shape)["total"], sum(job.tokens for job in mine)
@@ -204,11 +219,14 @@ def launch(args: argparse.Namespace, logs: Path) -> Callable[[Job, int], subproc
 
 
 def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any] | None = None) -> dict:
-    """Plan, run, extend, choose; the ledger is returned. A run that began and that a guard stopped (status 1) is a trial that lost."""
-    folder, grid, stopped = base / "evolve" / args.name, {label: sorted(set(args.lrs)) for label in args.recipes}, set()
+    """Plan, run, extend, choose; the ledger is returned. It forgets no trial: a rate that was tried belongs to the grid of later calls."""
+    folder, earlier = base / "evolve" / args.name, []
     asked = {"profile": args.profile, "arms": args.arms, "recipes": args.recipes, "evolve": args.rest, "nproc": args.nproc}
     if (folder / "sweep.json").is_file():
-        runs.check_same(folder, files.read_json(folder / "sweep.json")["asked"], asked, "only seeds and rates may change, or --name")
+        before = files.read_json(folder / "sweep.json")
+        runs.check_same(folder, before["asked"], asked, "only seeds and rates may change, or --name")
+        earlier = [row for row in before["runs"] if row["status"] != "missing"]
+    grid = {label: sorted({*args.lrs, *(row["lr_mult"] for row in earlier if row["label"] == label)}) for label in args.recipes}
     plan(args, base, [*phase_a(args, base), *phase_b(args, base, grid)])
     if args.dry_run:
         return {}
@@ -216,9 +234,10 @@ def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any]
     def ledger() -> dict:
         jobs = phase_b(args, base, grid)
         scores = {job.name: job.scores() for job in jobs}
-        rows = [{"run": job.name, "arms": job.arms, "recipe": job.recipe.name, "seed": job.seed, "tokens": job.tokens,
-                 "status": "complete" if scores[job.name] else "stopped" if job.name in stopped else "missing",
+        rows = [{"run": job.name, "arms": job.arms, "recipe": job.recipe.name, "label": job.label, "lr_mult": job.recipe.lr_mult,
+                 "seed": job.seed, "tokens": job.tokens, "status": "complete" if scores[job.name] else "lost" if job.lost() else "missing",
                  "val_bpb": scores[job.name]} for job in jobs]
+        rows += [row for row in earlier if row["run"] not in scores]
         trials = {a: sum(a in row["arms"] and row["status"] != "missing" for row in rows) for a in args.arms}
         made = {"asked": asked, "grid": grid, "trials": trials, "best": optima(jobs, scores), "runs": rows}
         files.write_json(folder / "sweep.json", made)
@@ -227,17 +246,18 @@ def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any]
     def ended(job: Job, status: int, left: str) -> None:
         log = folder / "logs" / f"{job.name}.log"
         last = (log.read_text(errors="replace").strip().splitlines() if log.is_file() else [])[-1:]
-        if status not in (0, 1) or status and not (job.folder / "records.jsonl").is_file():  # torchrun makes 1 of every status
+        if not (scores := job.scores()) and not job.lost():
             raise UserError(f"{job.name} ended with status {status} {last}: see {log}; the same command continues")
-        stopped.update([job.name] * status)
         ledger()
-        shown = "".join(last) if status else ", ".join(f"{a} {bpb:.4f}" for a, bpb in job.scores().items()) if job.recipe else "complete"
+        shown = ", ".join(f"{a} {bpb:.4f}" for a, bpb in scores.items()) if job.recipe and scores else "".join(last) or "complete"
         machine.say(f"sweep | {job.name}: {shown} | {left}")
 
-    start, first = start or launch(args, folder / "logs"), phase_a(args, base)
+    start = start or launch(args, folder / "logs")
+    undone = lambda jobs: [job for job in jobs if not job.scores() and not job.lost()]
     for extension in range(EXTENSIONS + 1):
-        run_jobs([job for job in first if not job.scores()], args.jobs, start, ended)
-        run_jobs([job for job in phase_b(args, base, grid) if not job.scores() and job.name not in stopped], args.jobs, start, ended)
+        run_jobs(undone(phase_a(args, base)), args.jobs, start, ended)
+        while todo := undone(phase_b(args, base, grid)):  # again for the arms of a run that another arm stopped
+            run_jobs(todo, args.jobs, start, ended)
         made = ledger()
         edge = {} if args.explore else {b["arm"]: (b["recipe"], ahead) for b in made["best"].values()
                                         if (ahead := beyond(grid[b["recipe"]], b["lr_mult"]))}
@@ -259,11 +279,12 @@ def main(argv: list[str] | None = None) -> None:
     from nanochat.common import get_base_dir
     base = Path(get_base_dir())
     rows = sweep(args, base).get("runs", [])
-    lost = {row["recipe"] for row in rows if row["status"] != "complete"}  # only what every seed ended can be pooled
-    whole = [str(base / "evolve" / args.name / row["run"]) for row in rows if row["recipe"] not in lost]
-    if whole and not args.explore and (ours := [a for a in args.arms if not a.startswith("dense")]):
+    seeds = {*args.seeds}  # those of an earlier, wider call may not have every rate
+    rows = sorted((row for row in rows if row["seed"] in seeds), key=lambda row: row["status"])  # complete ones first: one gets the report
+    pooled = [str(base / "evolve" / args.name / row["run"]) for row in rows]
+    if pooled and not args.explore and (ours := [a for a in args.arms if not a.startswith("dense")]):
         for reader in (crossover, report):
-            reader.main([*whole, "--arm", ours[0]])
+            reader.main([*pooled, "--arm", ours[0]])
 
 
 if __name__ == "__main__":

@@ -368,6 +368,12 @@ def test_an_explosion_is_three_steps_far_above_the_median_and_a_hard_batch_is_no
     def after(*losses: float) -> str | None:
         arm.losses = [3.0 + 0.1 * (i % 3) for i in range(20)] + list(losses)
         return arm.trouble()
+    arm.losses = [3.0, 3.5, 6.5, 7.0]
+    assert arm.trouble() is None
+    arm.losses = [3.0, 6.5, 7.0, 8.0]
+    assert "above the usual 3.00" in arm.trouble(), "from the first step on"
+    arm.losses = [0.1, *[4.0] * 63]
+    assert arm.trouble() is None, "one easy batch of long ago"
     assert after() is None and after(9.0) is None and after(9.0, 9.0) is None and after(9.0, 9.0, 3.0) is None and after(5.9, 5.9, 5.9) is None
     assert "exploded to 9.00" in after(9.0, 9.5, 9.0)
     assert "inf" in after(math.inf) and "nan" in after(math.nan)

@@ -147,13 +147,24 @@ def test_phase_a_ends_before_phase_b_begins_and_no_more_run_at_once_than_asked(t
     assert max(most) == 2 and order == sorted(order, reverse=True)
 
 
-def test_a_run_that_a_guard_stopped_is_a_lost_trial_and_any_other_failure_stops_the_sweep(tmp_path, capsys):
-    curve = bowl({"dense": 1.0, "cl": 1.0})
-    begun = lambda job: files.write_jsonl(job.folder / "records.jsonl", [{"arm": "dense", "final": False, "tok_per_s": 0.0}])
-    explodes = lambda job, slot: Fake(status=1, write=lambda: begun(job)) if job.recipe and job.recipe.lr_mult == 3.0 else ends_with(job, curve)
-    made = sweep.sweep(sweep.parse([*TOY, "--lrs", "0.3,1,3", "--seeds", "1"]), tmp_path, explodes)
-    assert [row["status"] for row in made["runs"]] == ["complete", "complete", "stopped"] and made["trials"] == {"dense": 3, "cl": 3}
-    assert made["best"]["dense"]["lr_mult"] == 1.0
+def test_the_arm_that_a_guard_stopped_has_lost_a_trial_and_the_others_run_again_without_it(tmp_path, capsys):
+    def start(job, slot):
+        curve = bowl({"dense": 1.0, "dense-rows": 1.0, "cl": 0.3})
+        explodes = next((a for a in ("cl", "dense-rows") if a in job.arms and job.recipe and job.recipe.lr_mult == 3.0), None)
+        return Fake(status=1, write=lambda: files.write_json(job.folder / "stopped.json", {"arm": a})) if (a := explodes) else ends_with(job, curve)
+    for seeds in ("1", "1,2", "1"):  # at the end a narrower call
+        made = sweep.sweep(sweep.parse([*TOY, "--arms", "dense,dense-rows,cl", "--lrs", "0.1,0.3,1,3", "--seeds", seeds]), tmp_path, start)
+    assert made["trials"] == {"dense": 8, "dense-rows": 8, "cl": 8}, "a trial is not forgotten"
+    ended = {row["run"]: (row["status"], row["arms"]) for row in made["runs"] if row["lr_mult"] == 3.0 and row["seed"] == 1}
+    assert ended == {"lr_mult=3.0,lr_schedule=wsd_s1": ("lost", ("cl",)), "dense+dense-rows_lr_mult=3.0,lr_schedule=wsd_s1": ("lost", ("dense-rows",)),
+                     "dense_lr_mult=3.0,lr_schedule=wsd_s1": ("complete", ("dense",))}
+    assert (made["best"]["dense"]["lr_mult"], made["best"]["cl"]["lr_mult"]) == (1.0, 0.3)
+    made = sweep.sweep(sweep.parse([*TOY, "--arms", "dense,dense-rows,cl", "--lrs", "0.3,1", "--seeds", "1,1"]), tmp_path,
+                       lambda job, slot: pytest.fail(f"{job.name} ran again"))
+    assert made["trials"]["dense"] == 8 and made["grid"]["lr_schedule=wsd"] == [0.1, 0.3, 1.0, 3.0] and made["best"]["dense"]["lr_mult"] == 1.0
+
+
+def test_any_other_failure_stops_the_sweep_and_is_no_trial(tmp_path):
     others, status = [], 2
 
     def broken(job, slot):
@@ -162,9 +173,12 @@ def test_a_run_that_a_guard_stopped_is_a_lost_trial_and_any_other_failure_stops_
     with pytest.raises(UserError, match="ended with status 2.*the same command continues"):
         sweep.sweep(sweep.parse([*TOY, "--name", "other", "--seeds", "7,8", "--jobs", "3"]), tmp_path, broken)
     assert [fake.signals for fake in others[1:]] == [[signal.SIGTERM]] * 2
-    others, status = [], 1  # before its first record: a mistake, whatever torchrun makes of its status
+    others, status = [], 1  # a crash, and what torchrun makes of every status; that it had begun changes nothing
+    for job in sweep.phase_b(sweep.parse([*TOY, "--name", "other"]), tmp_path, {"lr_schedule=wsd": [0.1]}):
+        files.write_jsonl(job.folder / "records.jsonl", [{"arm": "dense", "final": False, "tok_per_s": 0.0}])
     with pytest.raises(UserError, match="ended with status 1"):
         sweep.sweep(sweep.parse([*TOY, "--name", "other", "--seeds", "7,8", "--jobs", "3"]), tmp_path, broken)
+    assert not (tmp_path / "evolve/other/sweep.json").exists()
 
 
 @pytest.mark.parametrize("error, number", [(KeyboardInterrupt, signal.SIGINT), (command.Terminated, signal.SIGTERM)])
