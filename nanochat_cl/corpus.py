@@ -5,6 +5,8 @@ python -m nanochat_cl.corpus --profile cpu                                      
 python -m nanochat_cl.corpus --profile gpu1 --source 'files:/data/books' --tokens 2e9  # txt, md, jsonl, parquet or source code
 """
 import argparse
+import json
+import math
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -44,9 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.source = args.source or PROFILES[args.profile].general
     args.docs_per_shard = args.docs_per_shard or (128 if args.profile == "cpu" else 16384)
     if args.tokens is None and not args.source.startswith(("embedded", "files:")):
-        depth = pretrain.parse(["--profile", args.profile]).flags["depth"]
-        # nanochat's default horizon: 12 tokens per parameter of the head and the matrices, at width 64 x depth
-        args.tokens = 12 * (32768 * 64 * depth + 12 * depth * (64 * depth) ** 2) / (1 - CROPPED)
+        flags = pretrain.parse(["--profile", args.profile]).flags
+        args.tokens = math.prod(pretrain.horizon(flags, PROFILES[args.profile].vocab_size)) / (1 - CROPPED)
     return args
 
 
@@ -111,6 +112,11 @@ def complete(profile: str) -> dict:
     if not path.is_file():
         raise UserError(f"no general corpus at {DATA_DIR}; make it first: python -m nanochat_cl.corpus --profile {profile}")
     return files.read_json(path)
+
+
+def fingerprint(manifest: dict, key: str = "files") -> str | None:
+    """16 hex digits for the text whose checksums a manifest has under `key`; None where it has none."""
+    return digest(json.dumps(manifest[key], sort_keys=True)) if key in manifest else None
 
 
 def held_out(documents: Iterable[Document], limit: float, skipped: dict, workers: int) -> dict[str, list[Document]]:

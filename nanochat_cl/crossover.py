@@ -133,6 +133,7 @@ def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int, gone:
     idle = np.median([r["blocks"]["idle_share"] for r in ours if r.get("blocks")] or [np.nan])
     constant = max((x for r in ours for x in r.get("constant_share", {}).values()), default=np.nan)
     lr, epoch, budget = c.field("lr_mult").mean(1), c.field("epoch").max(), c.field("phase_a_tokens")[[limit, cl], :, 0]
+    texts = {r.get("phase_a_text") for i in (limit, cl) for s in c.seeds for r in c.at[(*c.runs[i], s)]}
     peak = lr.max(-1)
     cooled = lr[limit, limit_m] / peak[limit], lr[cl, -1] / peak[cl]
 
@@ -159,7 +160,8 @@ def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int, gone:
         "unique text": check(epoch <= MAX_EPOCHS, f"{epoch:.2f} epochs of it (at most {MAX_EPOCHS:g})", epoch),
         "equal trials": check(others <= trials, f"{trials} dense, {others} other (arms x recipes; no more than dense)"
                               + f"; of all, {len(stopped)} stopped by a guard" * bool(stopped)),
-        "same Phase A": check((budget[0] == budget[1]).all(), " and ".join(f"{x.mean():,.0f}" for x in budget) + " tokens", *budget.ravel()),
+        "same Phase A": check((budget[0] == budget[1]).all() and len(texts) == 1, " and ".join(f"{x.mean():,.0f}" for x in budget) + " tokens"
+                              + f" of {len(texts)} different texts" * (len(texts) > 1), *budget.ravel()),
         "finished runs": check(all(rows[-1].get("final") for rows in c.at.values()), "every run must have reached its last milestone")}
 
 

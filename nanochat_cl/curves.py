@@ -91,7 +91,7 @@ class Curves:
 
 
 def paired(records: list[dict]) -> Curves:
-    """Arrays of the records; UserError where runs differ in milestones, stream or documents. Streams differ by intent where replay does."""
+    """Arrays of the records; UserError where runs differ in milestones, stream or documents. Streams differ by intent where replay or batch do."""
     names = sorted({(r["arm"], r["recipe"]) for r in records}, key=lambda name: (not name[0].startswith("dense"), name))
     at: dict[tuple, list[dict]] = {}
     for r in sorted(records, key=lambda r: r["milestone"]):
@@ -112,9 +112,9 @@ def paired(records: list[dict]) -> Curves:
             if diverged := [r["milestone"] for r in mine if not np.isfinite(
                     [r["domain"]["val"]["bpb"], *documents(r, "domain")[:, 0], *documents(r, "general")[:, 0]]).all()]:
                 raise UserError(f"{who} has scores that are not finite from milestone {diverged[0]} on: it diverged; leave the recipe out for all arms")
-            replay = [part for part in name[1].split(",") if part.startswith("replay=")]
+            other = [part for part in name[1].split(",") if part.startswith(("replay=", "total_batch_size="))]
             hashes = [r["stream_hash"] for r in mine]
-            if hashes != streams.setdefault((s, *replay), hashes):
+            if hashes != streams.setdefault((s, *other), hashes):
                 raise UserError(f"{who} saw another stream than the other runs of this seed (their stream hashes differ): not comparable; "
                                 f"run both arms with the same data, schedule and batch")
             for part, split in ((part, split) for part in ("domain", "general") for split in ("val", "test")):

@@ -12,7 +12,7 @@ import hashlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from nanochat_cl import arms, command, crossover, domain, files, machine, patching, runs
+from nanochat_cl import arms, command, corpus, crossover, domain, files, machine, patching, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.profiles import PROFILES
 from nanochat_cl.recipes import Recipe, multiplier, of_arm
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nanochat_cl.phase_b import PhaseB
 
 SIZES = {"domain": str, "schedule": str, "visit_tokens": int, "milestone_tokens": int, "max_tokens": int, "device_batch_size": int,
-         "total_batch_size": int, "eval_docs": int, "probe_items": int}  # fields of a profile; a flag of that name wins
+         "eval_docs": int, "probe_items": int}  # fields of a profile; a flag of that name wins
 LINES = 64  # of progress
 
 
@@ -43,8 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, help="of the Phase A checkpoints (default: the profile's)")
     parser.add_argument("--from", dest="tag", help="for one arm: its folder in base_checkpoints (default: d<depth>_<arm>_s<seed>)")
     for name, kind in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: the profile's")
-    parser.add_argument("--max-seq-len", type=int, default=0, help="context in tokens (default: Phase A's)")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"default: the profile's{'; 0: never stop' * (name == 'max_tokens')}")
     parser.add_argument("--repeat", action="store_true", help="begin the stream again when it ends")
     for option in fields(Recipe):
         flag, kind = f"--{option.name.replace('_', '-')}", type(option.default)
@@ -60,6 +59,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.argv, args.arms = sys.argv[1:] if argv is None else argv, args.arms.split(",")
     args.recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
+    if args.recipe.total_batch_size == (usual := PROFILES[args.profile].total_batch_size):
+        args.recipe = replace(args.recipe, total_batch_size=0)  # as if it had not been named
+    args.batch_tokens = args.recipe.total_batch_size or usual
     args.sizes = {name: getattr(PROFILES[args.profile], name) if getattr(args, name) is None else getattr(args, name) for name in SIZES}
     return args
 
@@ -87,10 +89,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--arms names different arms, and one only with --from; got {', '.join(args.arms)}")
     if (args.floor_guard or 0) < 0:
         raise UserError(f"--floor-guard is how many bpb of general text may be lost, 0 or more, got {args.floor_guard}")
-    if bad := [f"{name} {value}" for name, value in args.sizes.items() if not value or isinstance(value, int) and value < 0]:
+    if bad := [f"{name} {value}" for name, value in args.sizes.items()
+               if (value < (name != "max_tokens") if isinstance(value, int) else not value)]:
         raise UserError(f"sizes must be positive, got {', '.join(bad)}")
-    if args.sizes["max_tokens"] < args.sizes["total_batch_size"]:
-        raise UserError(f"--max-tokens {args.sizes['max_tokens']:,} is less than one batch of {args.sizes['total_batch_size']:,}")
+    if 0 < args.sizes["max_tokens"] < args.batch_tokens:
+        raise UserError(f"--max-tokens {args.sizes['max_tokens']:,} is less than one batch of {args.batch_tokens:,}")
+    if not args.sizes["max_tokens"] and (args.recipe.lr_schedule != "constant" or not args.repeat):
+        raise UserError("a run without end (--max-tokens 0) needs --repeat and --lr-schedule constant; cool down in a --branch-of it")
     if args.confirmatory and domain.name_of(args.sizes["domain"]) == (ours := PROFILES["cpu"].domain):
         raise UserError(f"--confirmatory is for a domain on which nothing was chosen, and on {ours} everything is: give another --domain")
 
@@ -107,17 +112,17 @@ def checkpoints(args: argparse.Namespace, vocab_size: int) -> list["PhaseA"]:
     seq_len = found[0].config["sequence_len"]
     if set(shapes.values()) != {(seq_len, vocab_size)}:
         raise UserError(f"the arms need one context length and the tokenizer's vocabulary of {vocab_size}, got {shapes}")
-    return [replace(a, seq_len=args.max_seq_len or seq_len) for a in found]
+    return [replace(a, seq_len=args.recipe.max_seq_len or seq_len) for a in found]
 
 
-def begin(args: argparse.Namespace) -> "PhaseB | None":
-    """All that can be refused is refused here, before anything is written. None when the run is complete."""
+def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
+    """All that can be refused is refused here, before anything is written; the folder is locked in `held`. None when the run is complete."""
     from nanochat import common
 
     from nanochat_cl import tokenizer
     from nanochat_cl.exam import Exam
     from nanochat_cl.learner import Learner
-    from nanochat_cl.phase_b import PhaseB
+    from nanochat_cl.phase_b import ENDLESS, PhaseB
     from nanochat_cl.stream import Stream
     check(args)
     try:
@@ -127,7 +132,7 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
     vocabulary, token_bytes = tokenizer.load(args.profile)
     found = checkpoints(args, vocabulary.get_vocab_size())
     sizes, recipe, base, seq_len = args.sizes, args.recipe, Path(common.get_base_dir()), found[0].seq_len
-    batch_tokens, rows, name = sizes["total_batch_size"], sizes["device_batch_size"], domain.name_of(sizes["domain"])
+    batch_tokens, rows, name = args.batch_tokens, sizes["device_batch_size"], domain.name_of(sizes["domain"])
     runs.check_batch(batch_tokens, rows * seq_len * world_size)
     own = {a: of_arm(recipe, arms.named(a).recipe) for a in args.arms}
     if len(replays := {mine.replay for mine in own.values()}) > 1:
@@ -135,9 +140,12 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
                         f"give each share of replay a run of its own; crossover pools them")
 
     args.name = args.name or f"{args.profile}_{name}_{recipe.name}_s{args.seed}"
-    folder, corpus, steps = base / "evolve" / args.name, base / "corpora" / name, sizes["max_tokens"] // batch_tokens
+    folder, place, steps = base / "evolve" / args.name, base / "corpora" / name, sizes["max_tokens"] // batch_tokens or ENDLESS
+    made = files.read_json(place / "corpus.json") if (place / "corpus.json").is_file() else {}
+    words, text = tokenizer.fingerprint(token_bytes), corpus.fingerprint(made, "general_files")
     asked = {**{key: getattr(args, key) for key in ("profile", "arms", "seed", "repeat", "audit", "confirmatory")}, **sizes,
-             "recipe": vars(recipe), "seq_len": seq_len, "ranks": world_size, "device": device.type, "dtype": str(common.COMPUTE_DTYPE),
+             "recipe": vars(recipe), "batch_tokens": batch_tokens, "seq_len": seq_len, "ranks": world_size, "device": device.type,
+             "dtype": str(common.COMPUTE_DTYPE), "tokenizer": words, "domain_text": corpus.fingerprint(made), "general_text": text,
              "phase_a": {a.arm: {"checkpoint": a.place.name, "step": a.step, "config": a.config} for a in found}}
     if (folder / "config.json").is_file():
         runs.check_same(folder, files.read_json(folder / "config.json")["asked"], asked, "give its flags, or another --name")
@@ -145,22 +153,31 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
     if sum(record["final"] for record in records) == len(found):
         machine.say(f"evolve | complete: {len(records)} records in {folder / 'records.jsonl'}; {what_next(args, folder)}")
         return None
-    kept = (steps * batch_tokens // sizes["milestone_tokens"]).bit_length() if args.keep_milestones else 0
+    if other := [a.arm for a in found if a.result.get("asked", {}).get("tokenizer", words) != words]:
+        raise UserError(f"Phase A of {', '.join(other)} was trained with another tokenizer than there is now; make it again")
+    if other := [a.arm for a in found if a.result.get("text") != text]:
+        what = (f"Phase A of {', '.join(other)} was not made with the general text that {name} was compared with: it may have read what is "
+                f"held out")
+        if args.confirmatory:
+            raise UserError(f"{what}; for --confirmatory make it again, after the domain")
+        machine.say(f"evolve | warning: {what}")
+    kept = (sizes["max_tokens"] // sizes["milestone_tokens"]).bit_length() if args.keep_milestones else 0
     states = runs.KEEP + 1 + kept - len(runs.saved_steps(folder))
     machine.check_disk(folder, 12 * states * sum(a.cost["params_total"] for a in found))  # fp32 weights and two moments, at most
 
-    stream = Stream(corpus, vocabulary, sizes["schedule"], args.seed, batch_tokens // seq_len, seq_len, sizes["visit_tokens"],
+    stream = Stream(place, vocabulary, sizes["schedule"], args.seed, batch_tokens // seq_len, seq_len, sizes["visit_tokens"],
                     args.repeat, replay=replays.pop(), max_tokens=steps * batch_tokens)
-    exam = Exam(corpus, vocabulary, token_bytes, seq_len, rows, sizes["eval_docs"], sizes["probe_items"])
+    exam = Exam(place, vocabulary, token_bytes, seq_len, rows, sizes["eval_docs"], sizes["probe_items"])
     learners = [Learner(a, own[a.arm], batch_tokens, device, args.seed, args.audit) for a in found]
     run = PhaseB(args, folder, learners, stream, exam, steps)
     state = runs.load_state(folder, device)
     if state is None and args.branch_of:
         state = branch(run, base / "evolve" / args.branch_of, asked, device)
+    held.enter_context(runs.locked(folder, runs.ranks()[0]))
     if not (folder / "config.json").is_file():
         runs.write(files.write_json, folder / "config.json", {
             "run": args.name, "argv": ["python", "-m", "nanochat_cl.evolve", *args.argv], "profile": args.profile, "asked": asked,
-            "steps": steps, "milestones": run.marks, "machine": machine.describe(),
+            "steps": steps, "machine": machine.describe(),
             "arms": {a.arm: {**a.cost, "cl": a.config.get("cl"), "phase_a": a.result} for a in found}})
     if runs.ranks()[0] == 0:
         (folder / "stopped.json").unlink(missing_ok=True)  # of an earlier try
@@ -171,14 +188,16 @@ def begin(args: argparse.Namespace) -> "PhaseB | None":
         import wandb
         run_id = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # a continued run continues its curve
         run.log = wandb.init(project="nanochat_cl", name=args.run, id=run_id, resume="allow", dir=str(folder), config=asked)
-    machine.say(f"evolve | {', '.join(args.arms)} s{args.seed}, recipe {recipe.name}: {steps:,} steps of {machine.short(batch_tokens)} tokens of "
-                f"{name} ({sizes['schedule']}), {len(run.marks)} milestones, from "
+    length = "without end, steps" if steps == ENDLESS else f"{run.marks.last + 1:,} milestones, {steps:,} steps"
+    machine.say(f"evolve | {', '.join(args.arms)} s{args.seed}, recipe {recipe.name}: {length} of {machine.short(batch_tokens)} tokens of "
+                f"{name} ({sizes['schedule']}), from "
                 f"{'step ' + str(run.state['step']) if state else 'Phase A'} -> {folder}")
     return run
 
 
 def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dict:
     """The trunk's last state up to which `run`, at Phase A still, does what the trunk did: then it ends as if it had run from the start."""
+    from nanochat_cl.phase_b import Milestones
     if not (trunk / "config.json").is_file():
         raise UserError(f"--branch-of names a run, and there is none at {trunk}")
     config, free = files.read_json(trunk / "config.json"), {"lr_schedule": None, "cooldown_frac": None}
@@ -186,10 +205,11 @@ def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dic
     runs.check_same(trunk, without(config["asked"]), without(asked), "a branch differs in --lr-schedule, --cooldown-frac and --max-tokens")
     recipe, theirs = run.args.recipe, Recipe(**config["asked"]["recipe"])
     same = [multiplier(s, run.steps, recipe) == multiplier(s, config["steps"], theirs) for s in range(min(run.steps, config["steps"]))]
-    state = runs.load_state(trunk, device, lambda step: step < run.steps in config["milestones"] and all(same[:step]))
+    theirs = Milestones(config["steps"], run.batch_tokens, config["asked"]["milestone_tokens"])
+    state = runs.load_state(trunk, device, lambda step: step < run.steps and theirs.number(run.steps) is not None and all(same[:step]))
     if state is None:
         raise UserError(f"{trunk} holds no state to branch from: its states are at steps {runs.saved_steps(trunk)}, the rates agree up to step "
-                        f"{(same + [False]).index(False)}, and the end, step {run.steps}, must be one of {config['milestones']}")
+                        f"{(same + [False]).index(False)}, and the end, step {run.steps}, must be one of its milestones")
     for learner in run.learners:  # the passages asked for depend on the end
         learner.recall.baseline(learner.model, run.exam.token_bytes)
         state["arms"][learner.name]["recall"] = learner.recall.state_dict()
@@ -215,15 +235,15 @@ def what_next(args: argparse.Namespace, folder: Path) -> str:
 
 def evolve(args: argparse.Namespace) -> None:
     run = None
-    with patching.applied(), runs.together(lambda: run.where() if run else "the start"):
-        run = begin(args)
+    with patching.applied(), runs.together(lambda: run.where() if run else "the start"), ExitStack() as held:
+        run = begin(args, held)
         if run is None:
             return
         with signals() as pause:
             try:
                 while True:
                     step = run.state["step"]
-                    if step in run.marks and not any(record["step"] == step for record in run.state["records"]):
+                    if run.marks.number(step) is not None and not any(record["step"] == step for record in run.state["records"]):
                         run.score(pause)
                         if step == 0 and {"dense", "cl"} <= set(args.arms):
                             machine.say(h1(run.state["records"]))

@@ -9,7 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,41 @@ from nanochat_cl.recipes import multiplier
 from nanochat_cl.stream import Stream
 
 RECALL_WINDOWS = 16   # so many windows of the stream at most are asked for again
-MAX_EVAL_SHARE = 0.2  # of training time for what is scored at every milestone
+MAX_SHARE = {"cpu": 0.2}  # of the training time, for scores and states at ordinary milestones; on GPUs 0.1
 STALLED_S = 600.0     # that a batch may take to be read
+ENDLESS = 2**40       # steps
 
 
-def milestones(steps: int, batch_tokens: int, milestone_tokens: int) -> list[int]:
+@dataclass(frozen=True)
+class Milestones:
     """The steps after which everything is scored: 0, every `milestone_tokens` snapped to the next whole step, and the last."""
-    count = steps * batch_tokens // milestone_tokens
-    return sorted({0, steps, *(math.ceil(k * milestone_tokens / batch_tokens) for k in range(1, count + 1))})
+    steps: int
+    batch_tokens: int
+    milestone_tokens: int
+
+    def at(self, number: int) -> int:
+        """The step of a milestone; 0 is Phase A."""
+        return min(self.steps, -(-number * max(self.milestone_tokens, self.batch_tokens) // self.batch_tokens))
+
+    def number(self, step: int) -> int | None:
+        """The number of the milestone at a step, None where there is none."""
+        number = self.last if step == self.steps else step * self.batch_tokens // max(self.milestone_tokens, self.batch_tokens)
+        return number if self.at(number) == step else None
+
+    @property
+    def last(self) -> int:
+        whole = self.steps * self.batch_tokens // max(self.milestone_tokens, self.batch_tokens)
+        return whole + (self.at(whole) < self.steps)
+
+    def full(self, number: int) -> bool:
+        """At 0, 1, 2, 4, 8 .. and the last all is asked."""
+        return number & (number - 1) == 0 or number == self.last
+
+    def windows(self) -> list[int]:
+        """The numbers of at most RECALL_WINDOWS: evenly up to the last, of an endless run 1, 2, 4, 8 .."""
+        if self.steps == ENDLESS:
+            return [2**i for i in range(RECALL_WINDOWS)]
+        return list(range(self.last, 0, -math.ceil(self.last / RECALL_WINDOWS)))[::-1]
 
 
 class PhaseB:
@@ -39,9 +66,8 @@ class PhaseB:
 
     def __init__(self, args: Namespace, folder: Path, learners: list[Learner], stream: Stream, exam: Exam, steps: int):
         self.args, self.folder, self.learners, self.stream, self.exam, self.steps = args, folder, learners, stream, exam, steps
-        self.batch_tokens, self.rows = args.sizes["total_batch_size"], args.sizes["device_batch_size"]
-        self.marks = milestones(steps, self.batch_tokens, args.sizes["milestone_tokens"])
-        self.full = [step for i, step in enumerate(self.marks) if i & (i - 1) == 0 or step == steps]  # 0, 1, 2, 4, 8 ..: all is asked
+        self.batch_tokens, self.rows = args.batch_tokens, args.sizes["device_batch_size"]
+        self.marks = Milestones(steps, self.batch_tokens, args.sizes["milestone_tokens"])
         self.state: dict[str, Any] = {"step": 0, "stream_hash": hashlib.sha256().hexdigest(), "records": [],
                                       "checkpoint_s": 0.0, "data_s": 0.0}
         self.choices = {learner.name: self.routed(learner) for learner in learners if learner.sparse}
@@ -50,7 +76,7 @@ class PhaseB:
         self.saving: tuple[Future, int, list[dict]] | None = None  # this rank's part of a state, its step and its records
         # What is asked of the stream later is known beforehand, since a batch is a function of its step.
         passages = learners[0].recall.sample_per_window
-        windows = self.marks[:0:-math.ceil((len(self.marks) - 1) / RECALL_WINDOWS)][::-1]
+        windows = [self.marks.at(number) for number in self.marks.windows()]
         for before, mark in zip([0, *windows], windows):
             for step in sorted({before + (mark - before) * i // passages for i in range(passages)}):
                 batch = stream.batch(step)
@@ -77,10 +103,10 @@ class PhaseB:
         digest = hashlib.sha256(bytes.fromhex(self.state["stream_hash"]))
         digest.update(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes())
         for learner in self.learners:
-            if step in self.marks:
-                learner.grow(self.marks.index(step), batch.inputs)
+            if (milestone := self.marks.number(step)) is not None:
+                learner.grow(milestone, batch.inputs)
             inputs, targets = batch.inputs[rank::world_size], batch.targets[rank::world_size]
-            learner.step(inputs, targets, self.rows, step, self.steps, step + 1 in self.marks)
+            learner.step(inputs, targets, self.rows, step, self.steps, self.marks.number(step + 1) is not None)
             if reason := learner.trouble():
                 self.give_up(learner, reason)
         self.state.update(step=step + 1, stream_hash=digest.hexdigest())
@@ -106,22 +132,28 @@ class PhaseB:
         step, when = self.state["step"], "after" if self.state["step"] else "before"
         new = [self.record(learner, pause) for learner in self.learners]
         if step in (0, self.steps):
-            texts = [text for text in files.read_json(self.folder / "samples.json") if text["when"] == "before"] if step else []
+            path = self.folder / "samples.json"
+            texts = [text for text in files.read_json(path) if text["when"] == "before"] if step and path.is_file() else []
             texts += [text for learner in self.learners for text in self.exam.samples(learner.model, learner.name, when)]
-            runs.write(files.write_json, self.folder / "samples.json", texts)
+            runs.write(files.write_json, path, texts)
         for learner in self.learners:
             learner.since_milestone()
             self.keep_within(learner, [*self.state["records"], *new])
         self.state["records"] = self.state["records"] + new
         self.save()
-        share = metrics.light_share(self.state["records"])
-        if share > MAX_EVAL_SHARE and new[0]["tier"] == "light" and self.state["step"] == self.marks[3]:  # once, at the first of them
-            machine.say(f"evolve | warning: at ordinary milestones evaluation takes {share:.0%} of the training time, expected at most "
-                        f"{MAX_EVAL_SHARE:.0%}; raise --milestone-tokens, or lower --eval-docs or --probe-items under another --name")
+        trained, most = sum(learner.train_s for learner in self.learners), self.most()
+        share = metrics.light_share(self.state["records"]) + (self.state["checkpoint_s"] / trained if trained else 0.0)
+        if share > most and new[0]["tier"] == "light" and self.state["step"] == self.marks.at(3):  # once, at the first of them
+            machine.say(f"evolve | warning: ordinary milestones take {share:.0%} of the training time, expected at most {most:.0%}; raise "
+                        f"--milestone-tokens, or lower --eval-docs or --probe-items under another --name")
         for r in new if self.log else ():
             shown = {"domain_bpb": r["domain"]["val"]["bpb"], "general_bpb": r["general"]["val"]["bpb"], "recall_bpb": r["recall"]["mean"],
                      **{key: r[key] for key in ("train_loss", "flops", "train_s", "eval_s", "tok_per_s")}, **self.load_of(r)}
             self.log.log({"tokens": r["tokens"], **{f"{r['arm']}/{key}": value for key, value in shown.items()}}, step=step)
+
+    def most(self) -> float:
+        """Share of the training time that scores and states may take at ordinary milestones."""
+        return MAX_SHARE.get(self.learners[0].device.type, 0.1)
 
     def load_of(self, r: dict) -> dict[str, float]:
         """Memory and MFU: a continued run has others, so they are in no record."""
@@ -145,8 +177,8 @@ class PhaseB:
         tokens, costs = step * self.batch_tokens, cost(learner.model.config)
         if not all(bool(torch.isfinite(p).all()) for p in learner.model.parameters()):
             self.give_up(learner, "its weights are not finite")
-        milestone = self.marks.index(step)
-        full = step in self.full
+        milestone = self.marks.number(step)
+        full = self.marks.full(milestone)
         scores = self.exam.scores(learner.model, pause, full)
         if not all(math.isfinite(scores[part][split]["bpb"]) for part in ("domain", "general") for split in ("val", "test")):
             self.give_up(learner, "its scores are not finite")
@@ -170,6 +202,7 @@ class PhaseB:
             "step": step, "tier": "full" if full else "light", "tokens": tokens,
             "unique_tokens": stream.unique_tokens(step), "epoch": stream.epoch(step),
             "flops": learner.flops, **costs, "phase_a_tokens": a.result["tokens"], "phase_a_flops": a.result["flops"],
+            "phase_a_text": a.result.get("text"),
             "train_s": learner.train_s, "update_s": learner.update_s, "eval_s": learner.eval_s, "data_s": self.state["data_s"],
             "checkpoint_s": self.state["checkpoint_s"], "tok_per_s": tok_per_s,
             "update_ratio": learner.update_ratio,
@@ -194,9 +227,13 @@ class PhaseB:
         start = time.perf_counter()
         if self.saving and (wait or not runs.over_ranks(torch.tensor(int(not self.saving[0].done())), "max")):
             (part, step, records), self.saving = self.saving, None
-            runs.complete(self.folder, step, part.result(), self.full[1:] if self.args.keep_milestones else ())
+            runs.complete(self.folder, step, part.result(), self.branchable())
             runs.write(files.write_jsonl, self.folder / "records.jsonl", records)
         self.state["checkpoint_s"] += time.perf_counter() - start
+
+    def branchable(self) -> set[int]:
+        """Steps of the milestones 1, 2, 4, 8 .., whose states stay on request."""
+        return {self.marks.at(2**i) for i in range(self.marks.last.bit_length())} if self.args.keep_milestones else set()
 
     def load(self, state: dict[str, Any]) -> None:
         learned = state.pop("arms")
@@ -209,12 +246,14 @@ class PhaseB:
         """Progress: what is done, where the stream is, the last losses and domain scores (bits per byte), speed, time spent and left."""
         step, now = self.state["step"], self.stream.current(max(self.state["step"] - 1, 0))
         spent, train_s = time.perf_counter() - self.begun_s, sum(learner.train_s for learner in self.learners)
-        left = f"{spent / (step - self.begun_step) * (self.steps - step) / 60:.1f}m" if step > self.begun_step else "?"
-        parts = [f"{machine.short(step * self.batch_tokens)}/{machine.short(self.steps * self.batch_tokens)} tokens {100 * step // self.steps}%",
+        left = f", {spent / (step - self.begun_step) * (self.steps - step) / 60:.1f}m left" if step > self.begun_step else ", ? left"
+        of = f"/{machine.short(self.steps * self.batch_tokens)} tokens {100 * step // self.steps}%"
+        of, left = (" tokens", "") if self.steps == ENDLESS else (of, left)
+        parts = [f"{machine.short(step * self.batch_tokens)}{of}",
                  f"{now} {self.stream.subdomains.index(now) + 1}/{len(self.stream.subdomains)}",
                  " ".join(f"{learner.name} {learner.losses[-1]:.3f}" for learner in self.learners if learner.losses),
                  "domain " + " ".join(f"{r['arm']} {r['domain']['val']['bpb']:.3f}" for r in self.state["records"][-len(self.learners):]),
-                 f"{machine.short(step * self.batch_tokens / max(train_s, 1e-9))} tok/s", f"{spent / 60:.1f}m, {left} left"]
+                 f"{machine.short(step * self.batch_tokens / max(train_s, 1e-9))} tok/s", f"{spent / 60:.1f}m{left}"]
         return " | ".join(["evolve", *filter(None, parts)])
 
     def shares(self) -> str:
@@ -224,7 +263,8 @@ class PhaseB:
                  "checkpoints": self.state["checkpoint_s"]}
         load = self.load_of(self.state["records"][-1])
         return ("evolve | time: " + ", ".join(f"{name} {s / sum(spent.values()):.0%}" for name, s in spent.items())
-                + f"; ordinary milestones: evaluation {metrics.light_share(self.state['records']):.0%} of training (at most {MAX_EVAL_SHARE:.0%})"
+                + f"; ordinary milestones: evaluation {metrics.light_share(self.state['records']):.0%} of training (with checkpoints at most "
+                f"{self.most():.0%})"
                 + f"; peak memory {load['peak_memory_bytes'] / 1e9:.1f} GB" + (f", MFU {load['mfu']:.0%}" if "mfu" in load else ""))
 
     def kept(self) -> list[str]:

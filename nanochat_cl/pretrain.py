@@ -8,7 +8,6 @@ Writes <base>/base_checkpoints/d<depth>_<arm>_s<seed>/: upstream's files, phase_
 end. Run again it continues from the last whole checkpoint, or says that there is nothing left to do.
 """
 import argparse
-import hashlib
 import math
 import os
 import runpy
@@ -17,7 +16,7 @@ import traceback
 import zipfile
 from pathlib import Path
 
-from nanochat_cl import arms, command, files, machine, upstream
+from nanochat_cl import accounting, arms, command, files, machine, upstream
 from nanochat_cl.command import UserError
 from nanochat_cl.profiles import PROFILES
 
@@ -50,6 +49,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.flags = {name: getattr(args, name) for name in FLAGS}
     args.options = {name: getattr(args, name) for name in arms.OPTIONS if getattr(args, name) is not None}
     return args
+
+
+def model_config(flags: dict, vocab_size: int) -> dict:
+    """The config that base_train gives a dense model."""
+    heads = math.ceil(flags["depth"] * flags["aspect_ratio"] / flags["head_dim"])
+    return {"sequence_len": flags["max_seq_len"], "vocab_size": vocab_size, "n_layer": flags["depth"], "n_head": heads, "n_kv_head": heads,
+            "n_embd": heads * flags["head_dim"], "window_pattern": flags["window_pattern"]}
+
+
+def horizon(flags: dict, vocab_size: int) -> tuple[int, int]:
+    """Optimizer steps of Phase A, and tokens of each: as the flags say, else by nanochat's scaling laws (Bergsma et al. 2025)."""
+    def scaling(depth: int) -> int:
+        return accounting.matmul_params(model_config({**flags, "depth": depth}, vocab_size)) - accounting.SMEAR
+    size, batch = scaling(flags["depth"]), flags["total_batch_size"]
+    if batch == -1:
+        batch = 2 ** round(math.log2(2**19 * (size / scaling(12)) ** 0.383))
+    if flags["num_iterations"] > 0:
+        return flags["num_iterations"], batch
+    if flags["target_flops"] > 0:
+        return round(flags["target_flops"] / (accounting.flops_per_token(model_config(flags, vocab_size)) * batch)), batch
+    return int(flags["target_param_data_ratio"] * size) // batch, batch
 
 
 def check(args: argparse.Namespace, world_size: int) -> None:
@@ -130,26 +150,28 @@ def base_train(flags: dict) -> None:
 
 def pretrain(args: argparse.Namespace) -> None:
     from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, get_base_dir
+    from nanochat.dataset import DATA_DIR
 
-    from nanochat_cl import accounting, patching, runs, tokenizer
+    from nanochat_cl import corpus, patching, runs, tokenizer
     from patches import settings
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(args, world_size)
     flags, (vocabulary, token_bytes), who = args.flags, tokenizer.load(args.profile), f"pretrain | {args.arm} s{args.seed}"
-    heads = math.ceil(flags["depth"] * flags["aspect_ratio"] / flags["head_dim"])
-    config = {"sequence_len": flags["max_seq_len"], "vocab_size": vocabulary.get_vocab_size(), "n_layer": flags["depth"], "n_head": heads,
-              "n_kv_head": heads, "n_embd": heads * flags["head_dim"], "window_pattern": flags["window_pattern"]}
-    cl = arms.cl(config["n_embd"], heads, vocabulary.get_bos_token_id(), args.arm, **args.options)
+    config = model_config(flags, vocabulary.get_vocab_size())
+    cl = arms.cl(config["n_embd"], config["n_head"], vocabulary.get_bos_token_id(), args.arm, **args.options)
     flags["model_tag"] = flags["model_tag"] or f"d{flags['depth']}_{args.arm}_s{args.seed}"
     folder = Path(get_base_dir()) / "base_checkpoints" / flags["model_tag"]
     record = begun(folder, {
         "arm": args.arm, "seed": args.seed, "cl": cl, "world_size": world_size, "dtype": str(COMPUTE_DTYPE),
-        "tokenizer": hashlib.sha256(token_bytes.numpy().tobytes()).hexdigest()[:16],
+        "tokenizer": tokenizer.fingerprint(token_bytes),
         "flags": {name: value for name, value in flags.items() if name not in INDIFFERENT}})
     if (folder / "phase_a.json").is_file():
         machine.say(f"{who} is complete: {folder}")
         return
-    saves = max(1, math.ceil(flags["num_iterations"] / flags["save_every"])) if flags["save_every"] > 0 else 1
+    text = corpus.fingerprint(files.read_json(path)) if (path := Path(DATA_DIR) / "corpus.json").is_file() else None
+    if record.setdefault("text", text) != text:
+        raise UserError(f"{folder} was begun on other general text than there is now; delete it, or give another --model-tag")
+    saves = math.ceil(horizon(flags, config["vocab_size"])[0] / flags["save_every"]) if flags["save_every"] > 0 else 1
     machine.check_disk(folder, 12 * saves * accounting.params({**config, "cl": cl})["total"])  # fp32: a weight and at most two moments
 
     machine.say(f"{who}, profile {args.profile}: {config['n_layer']} layers of {config['n_embd']} -> {folder}")
@@ -168,7 +190,8 @@ def pretrain(args: argparse.Namespace) -> None:
         files.write_json(folder / "phase_a_begun.json", record)
     on_cpu = (flags["device_type"] or autodetect_device_type()) == "cpu"
     good = lambda: f"an unsaved step; last good checkpoint: step {last_whole_step(folder, world_size)} of {folder}"
-    with settings.using(seed=args.seed, arm=cl), patching.applied(), machine.fixed_sums(cl is not None and on_cpu), runs.together(good):
+    with (settings.using(seed=args.seed, arm=cl), patching.applied(), machine.fixed_sums(cl is not None and on_cpu), runs.together(good),
+          runs.locked(folder, rank)):
         base_train(flags)
     if rank != 0:
         return

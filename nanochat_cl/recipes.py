@@ -36,6 +36,8 @@ class Recipe:
     optimizer: str = option("load", "load Phase A's moments, reset them, or reset-lr0: reset, and fill them at rate 0 during the warm-up")
     weight_decay: float = option(0.0, "of the Muon groups, constant; AdamW groups keep nanochat's constants")
     replay: float = option(0.0, "share of general text in every batch")
+    total_batch_size: int = option(0, "tokens per optimizer step; 0: the profile's")
+    max_seq_len: int = option(0, "context in tokens; 0: Phase A's")
     plasticity: str = option("all", "which weights may learn: all, frozen-shared[:factor], budget:p, see nanochat_cl/plasticity.py")
     release: str = option("all", "blocks of a reserve that may work in Phase B: all, none, or so many at each milestone")
     newcomers: str = option("random", "how passages come to choose released blocks: random or passages, see nanochat_cl/growth.py")
@@ -46,8 +48,8 @@ class Recipe:
                             f"got {self.lr_schedule} and {self.optimizer}")
         if self.optimizer == "reset-lr0" and not self.warmup_steps:
             raise UserError("--optimizer reset-lr0 fills the moments during the warm-up: expected --warmup-steps above 0 (20, say), got 0")
-        for name, most in (("lr_mult", math.inf), ("warmup_steps", math.inf), ("weight_decay", math.inf), ("replay", 0.99),
-                           ("cooldown_frac", 1)):
+        bounds = dict.fromkeys(("lr_mult", "warmup_steps", "weight_decay", "total_batch_size", "max_seq_len"), math.inf)
+        for name, most in {**bounds, "replay": 0.99, "cooldown_frac": 1}.items():
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"--{name.replace('_', '-')} must be between 0 and {most}, got {getattr(self, name)}")
 

@@ -5,9 +5,11 @@ The directory of one Phase B run: what it was asked to do, and states to continu
     <run>/checkpoints/<step>/   state_rank<r>.pt of every rank, then complete.json with their sha256: without it there is no state
     <run>/records.jsonl         rewritten whole at every milestone, after the state that holds the same records
 """
+import fcntl
 import hashlib
 import json
 import mmap
+import os
 import shutil
 import sys
 import time
@@ -93,6 +95,26 @@ def together(where: Callable[[], str]) -> Iterator[None]:
             print(f"stopped, rank {gone} of {world_size} died or did not answer for {RANK_TIMEOUT.total_seconds():g} s: at {where()}; "
                   f"the same command continues", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+@contextmanager
+def locked(folder: Path, rank: int) -> Iterator[None]:
+    """Nobody else works in `folder` meanwhile; UserError where somebody does. Rank 0 holds the lock, and loses it however it ends."""
+    if rank:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process works in {folder}; wait for it or stop it, or give another name") from None
+        except OSError:  # a file system that knows no locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write(how: Callable, path: Path, value: Any) -> None:

@@ -73,9 +73,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tok-per-s", type=float, help="training speed for the plan's hours (default: as earlier runs here measured it)")
     args, args.rest = p.parse_known_args(argv)
     args.arms, theirs = list(dict.fromkeys(args.arms.split(","))), evolve.parse(["--profile", args.profile, *args.rest])
-    args.seeds, args.recipes = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(read(label).name for label in args.recipes))
+    everywhere = {name: getattr(theirs.recipe, name) for name in ("total_batch_size", "max_seq_len")}
+    recipes = [replace(r, **{name: getattr(r, name) or value for name, value in everywhere.items()}) for r in map(read, args.recipes)]
+    args.seeds, args.recipes = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(recipe.name for recipe in recipes))
+    args.batch_tokens = theirs.batch_tokens
     args.sizes, args.size = theirs.sizes, ["--profile", args.profile, *(["--depth", str(theirs.depth)] if theirs.depth else [])]
-    if (theirs.recipe, theirs.seed, theirs.name, theirs.arms) != (Recipe(), 42, None, ["dense", "cl"]):
+    if (replace(theirs.recipe, **dict.fromkeys(everywhere, 0)), theirs.seed, theirs.name, theirs.arms) != (Recipe(), 42, None, ["dense", "cl"]):
         raise UserError("a sweep names its runs and recipes itself: expected --recipes OPTION=VALUE,..., --lrs, --seeds and --arms")
     dense = sum(arms.named(a).name.startswith("dense") for a in args.arms)
     if not args.explore and 2 * dense < len(args.arms):
@@ -90,18 +93,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def config(size: list[str], arm: str) -> dict[str, Any]:
     """The config that `arm` has, or will have; size: flags of pretrain."""
-    flags = pretrain.parse(size).flags
-    heads = math.ceil(flags["depth"] * flags["aspect_ratio"] / flags["head_dim"])
-    return {"sequence_len": flags["max_seq_len"], "vocab_size": PROFILES[size[1]].vocab_size, "n_layer": flags["depth"], "n_head": heads,
-            "n_kv_head": heads, "n_embd": (width := heads * flags["head_dim"]), "window_pattern": flags["window_pattern"],
-            "cl": arms.cl(width, heads, 0, arm)}
+    dense = pretrain.model_config(pretrain.parse(size).flags, PROFILES[size[1]].vocab_size)
+    return {**dense, "cl": arms.cl(dense["n_embd"], dense["n_head"], 0, arm)}
 
 
 def phase_a(args: argparse.Namespace, base: Path) -> list[Job]:
     """Phase A of every seed, for the arms that do not begin from another's."""
     flags, jobs = pretrain.parse(args.size).flags, []
-    tokens = flags["num_iterations"] * flags["total_batch_size"] if flags["num_iterations"] > 0 else int(
-        flags["target_param_data_ratio"] * (accounting.matmul_params(config(args.size, "dense")) - accounting.SMEAR))
+    tokens = math.prod(pretrain.horizon(flags, PROFILES[args.profile].vocab_size))
     for seed in args.seeds:
         for a in dict.fromkeys(arms.named(a).phase_a or a for a in args.arms):
             argv, place = ("--arm", a, "--seed", str(seed)), base / "base_checkpoints" / f"d{flags['depth']}_{a}_s{seed}"
@@ -114,9 +113,10 @@ def phase_b(args: argparse.Namespace, base: Path, grid: Mapping[str, list[float]
     Phase B at every point of the grid {label: learning rates}. Arms with a replay share of their own need a run of their own, and so do those
     whose run a guard has stopped because of another arm.
     """
-    jobs, batch = [], args.sizes["total_batch_size"]
+    jobs = []
     for label, seed, lr in ((label, seed, lr) for label, lrs in grid.items() for seed in args.seeds for lr in lrs):
         recipe, streams = replace(read(label), lr_mult=lr), {}
+        batch = recipe.total_batch_size or args.batch_tokens
         for a in args.arms:
             streams.setdefault(of_arm(recipe, arms.named(a).recipe).replay, []).append(a)
         options = [f"--{f.name.replace('_', '-')}={value}" for f in fields(Recipe) if (value := getattr(recipe, f.name)) != f.default]

@@ -4,6 +4,7 @@ The tokenizer of a run: upstream's `scripts.tok_train` on the general text, once
 python -m nanochat_cl.tokenizer --profile cpu
 """
 import argparse
+import hashlib
 import logging
 import runpy
 import sys
@@ -46,6 +47,11 @@ def load(profile: str) -> tuple:
         return get_tokenizer(), get_token_bytes()
     except (OSError, AssertionError) as e:
         raise command.UserError(f"no usable tokenizer ({e}); train one with: python -m nanochat_cl.tokenizer --profile {profile}") from e
+
+
+def fingerprint(token_bytes) -> str:
+    """16 hex digits for the vocabulary whose tokens have these bytes."""
+    return hashlib.sha256(token_bytes.numpy().tobytes()).hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> None:

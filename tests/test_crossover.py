@@ -254,6 +254,18 @@ def test_a_mean_that_passes_without_its_bands_has_no_crossing_point():
     assert "was ahead at 0.66M of 1.05M tokens and fell behind again: no crossing" in v["sentence"] and v["crossing_tokens"] is None, v["sentence"]
 
 
+def test_phase_a_has_read_the_same_text():
+    v = claimed(harm=lambda r: r.update(phase_a_text=r["arm"]))
+    assert v["checks"]["same Phase A"] == dict(state="fail", found="1,048,576 and 1,048,576 tokens of 2 different texts")
+
+
+def test_batches_of_another_size_are_other_streams_by_intent():
+    rows = synthetic.records(CROSS | {("dense", "total_batch_size=16384"): (1.0, lambda t: 0.0, 0.1)}, seeds=(1, 2))
+    for r in rows:
+        r["stream_hash"] += "5" * (r["recipe"] == "total_batch_size=16384")
+    assert ("dense", "total_batch_size=16384") in curves.paired(rows).runs
+
+
 def test_another_schedule_is_refused_where_replay_lets_the_streams_differ():
     arms = {key if key[0] == "dense" else ("cl", "replay=0.05"): value for key, value in CROSS.items()}
     def harm(r):

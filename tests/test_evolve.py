@@ -39,10 +39,20 @@ def tokenizer(base):
 
 
 def test_milestones_are_snapped_to_the_next_whole_step_and_hold_both_ends():
-    assert phase_b.milestones(steps=10, batch_tokens=256, milestone_tokens=1000) == [0, 4, 8, 10]
-    assert phase_b.milestones(steps=128, batch_tokens=8192, milestone_tokens=131072) == list(range(0, 129, 16))
-    assert phase_b.milestones(steps=3, batch_tokens=100, milestone_tokens=10) == [0, 1, 2, 3]
-    assert phase_b.milestones(steps=3, batch_tokens=100, milestone_tokens=1000) == [0, 3]
+    def all_of(steps: int, batch_tokens: int, milestone_tokens: int) -> list[int]:
+        marks = phase_b.Milestones(steps, batch_tokens, milestone_tokens)
+        found = [marks.at(number) for number in range(marks.last + 1)]
+        assert [marks.number(step) for step in range(steps + 1)] == [found.index(s) if s in found else None for s in range(steps + 1)]
+        assert max(marks.windows()) == marks.last and len(marks.windows()) == min(16, -(-marks.last // -(-marks.last // 16)))
+        return found
+    assert all_of(10, 256, 1000) == [0, 4, 8, 10]
+    assert all_of(128, 8192, 131072) == list(range(0, 129, 16))
+    assert all_of(3, 100, 10) == [0, 1, 2, 3]
+    assert all_of(3, 100, 1000) == [0, 3]
+    assert all_of(400, 8192, 8192 * 10) == list(range(0, 401, 10))
+    endless = phase_b.Milestones(phase_b.ENDLESS, 256, 1000)
+    assert [endless.at(number) for number in endless.windows()[:4]] == [4, 8, 16, 32] and len(endless.windows()) == 16
+    assert endless.number(4) == 1 and endless.number(5) is None and endless.full(2**20) and not endless.full(3)
 
 
 def test_every_arm_has_a_record_at_every_milestone_and_its_figures_agree(both):
@@ -59,7 +69,7 @@ def test_every_arm_has_a_record_at_every_milestone_and_its_figures_agree(both):
             assert sorted(domain["subdomains"]) == ["alpha", "beta", "gamma"] and len(general["docs"]) == 6
         assert (r["train_loss"] is None, r["subdomain"] is None, r["recall"]["mean"] is None) == (r["step"] == 0,) * 3
         assert (r["blocks"] is None) == (r["arm"] == "dense" or r["step"] == 0)
-        assert (r["recipe"], r["lr_mult"], r["seed"], r["confirmatory"], r["schedule"]) == ("default", 1.0, 42, False, "cyclic")
+        assert (r["recipe"], r["lr_mult"], r["seed"], r["confirmatory"], r["schedule"]) == ("total_batch_size=256", 1.0, 42, False, "cyclic")
     dense, cl = both[-2], both[-1]
     assert dense["domain"]["val"]["bpb"] < both[0]["domain"]["val"]["bpb"] - 0.1, "nothing was learned"
     assert dense["stream_hash"] == cl["stream_hash"] != both[0]["stream_hash"] and len({r["stream_hash"] for r in both}) == 4
@@ -148,11 +158,11 @@ def test_frozen_shared_moves_only_mlps_and_routed_heads_and_a_budget_leaves_more
 
 def test_light_milestones_ask_less_and_a_warning_says_when_they_take_too_long(base, capsys, monkeypatch):
     for most, warnings in ((0.0, 1), (1e9, 0)):
-        monkeypatch.setattr(phase_b, "MAX_EVAL_SHARE", most)
+        monkeypatch.setattr(phase_b, "MAX_SHARE", {"cpu": most})
         records = run(base, f"tiers{warnings}", "--arms", "dense", "--max-tokens", "1792", "--milestone-tokens", "256")
         assert [r["tier"] for r in records] == ["full", "full", "full", "light", "full", "light", "light", "full"]
         assert all(("facts" in r, "plasticity" in r) == (r["tier"] == "full",) * 2 and r["floor"] and r["recall"] for r in records)
-        lines = [line for line in capsys.readouterr().out.splitlines() if "warning: at ordinary milestones evaluation takes" in line]
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning: ordinary milestones take" in line]
         assert len(lines) == warnings and all("raise --milestone-tokens" in line for line in lines)
 
 
@@ -196,7 +206,7 @@ def test_what_is_within_the_floor_guard_is_the_best_domain_score_of_those_that_l
 def test_a_cooled_schedule_shows_in_the_records(base):
     records = run(base, "cooled", "--arms", "dense", "--lr-schedule", "linear", "--lr-mult", "0.5", "--max-tokens", "1024")
     assert [r["lr_mult"] for r in records] == pytest.approx([0.5, 0.5 * 0.25])
-    assert records[0]["recipe"] == "lr_mult=0.5,lr_schedule=linear"
+    assert records[0]["recipe"] == "lr_mult=0.5,lr_schedule=linear,total_batch_size=256"
 
 
 def test_training_goes_on_while_a_state_is_written_and_the_records_follow_it(base, both, monkeypatch):
@@ -239,6 +249,83 @@ def test_a_confirmatory_run_is_declared_and_cannot_be_continued_as_another(base)
         run(base, "declared", *declared)
 
 
+def test_wandb_gets_a_point_per_milestone_and_a_continued_run_continues_its_curve(base, monkeypatch):
+    """The library itself without a network, then what it is told."""
+    usual, folder = ["--arms", "dense", "--milestone-tokens", "256", "--run", "curve"], base / "evolve/curve"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(base, "curve", *usual, "--max-tokens", "256")
+    offline = [path.name for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(offline) == 1 and any((folder / "wandb" / offline[0]).glob("*.wandb"))
+    begun, points = [], []
+
+    class Wandb:
+        def init(self, **asked):
+            begun.append(asked)
+            return self
+
+        def log(self, row, step):
+            points.append((step, row))
+
+        def finish(self):
+            pass
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    train = phase_b.PhaseB.train
+
+    def once(self):
+        monkeypatch.setattr(phase_b.PhaseB, "train", train)
+        train(self)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(phase_b.PhaseB, "train", once)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, "curve2", *usual, "--max-tokens", "768")
+    run(base, "curve2", *usual, "--max-tokens", "768")
+    assert begun[0]["id"] == begun[1]["id"] and begun[0]["resume"] == "allow" and begun[0]["name"] == "curve" and begun[0]["config"]["seed"] == 42
+    assert [step for step, _ in points] == [0, 1, 2, 3] and all({"tokens", "dense/domain_bpb", "dense/general_bpb", "dense/tok_per_s",
+                                                                   "dense/peak_memory_bytes"} <= set(row) for _, row in points)
+
+
+def test_two_processes_never_work_in_one_folder(base):
+    with runs.locked(base / "evolve/lonely", rank=0), pytest.raises(UserError, match="another process works in .*lonely; wait for it"):
+        run(base, "lonely", "--arms", "dense", "--max-tokens", "256")
+    assert len(run(base, "lonely", "--arms", "dense", "--max-tokens", "256")) == 2
+    with runs.locked(base / "evolve/lonely", rank=1), runs.locked(base / "evolve/lonely", rank=0):
+        pass
+
+
+def test_a_run_does_not_go_on_with_another_text_or_vocabulary(base, monkeypatch):
+    usual = ["--arms", "dense", "--max-tokens", "512", "--milestone-tokens", "256"]
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(phase_b.PhaseB, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(base, "same", *usual)
+    manifest = base / "corpora/toy/corpus.json"
+    try:
+        files.write_json(manifest, {"order": "seed", "files": {"train.parquet": "0"}})
+        with pytest.raises(UserError, match="domain_text: null -> .*another --name"):
+            run(base, "same", *usual)
+    finally:
+        manifest.unlink()
+    assert len(run(base, "same", *usual)) == 3
+
+
+def test_general_text_that_the_domain_was_not_compared_with_is_no_ground_for_a_claim(base, capsys):
+    usual, manifest = ["--arms", "dense", "--max-tokens", "256"], base / "corpora/toy/corpus.json"
+    try:
+        files.write_json(manifest, {"order": "seed", "files": {}, "general_files": {"shard_00000.parquet": "0"}})
+        assert run(base, "doubtful", *usual)[0]["phase_a_text"] is None
+        assert "warning: Phase A of dense was not made with the general text that toy was compared with" in capsys.readouterr().out
+        with pytest.raises(UserError, match="for --confirmatory make it again"):
+            run(base, "claim", *usual, "--confirmatory")
+    finally:
+        manifest.unlink()
+
+
+def test_another_vocabulary_is_refused(damaged, base):
+    files.write_json(damaged / "phase_a.json", {**files.read_json(damaged / "phase_a.json"), "asked": {"tokenizer": "0"}})
+    with pytest.raises(UserError, match="Phase A of dense was trained with another tokenizer"):
+        run(base, "words", "--arms", "dense", "--from", damaged.name)
+
+
 def test_samples_come_from_both_arms_before_and_after(base, both):
     samples = files.read_json(base / "evolve/both/samples.json")
     assert [(s["arm"], s["when"]) for s in samples] == [(arm, when) for when in ("before", "after") for arm in ("dense", "cl") for _ in range(4)]
@@ -248,7 +335,7 @@ def test_samples_come_from_both_arms_before_and_after(base, both):
 def test_the_configuration_says_what_ran_on_what(base, both):
     config = files.read_json(base / "evolve/both/config.json")
     assert config["argv"][:3] == ["python", "-m", "nanochat_cl.evolve"] and evolve.parse(config["argv"][3:]).name == "both"
-    assert config["asked"]["total_batch_size"] == 256 and config["milestones"] == [0, 4, 8, 10]
+    assert config["asked"]["batch_tokens"] == 256 and config["steps"] == 10
     for arm, entry in config["arms"].items():
         meta = files.read_json(base / f"base_checkpoints/d2_{arm}_s42/meta_000003.json")
         assert entry["params_total"] == accounting.params(meta["model_config"])["total"] and entry["phase_a"]["tokens"] == 384
@@ -258,7 +345,7 @@ def test_the_configuration_says_what_ran_on_what(base, both):
 def test_progress_has_a_first_line_a_line_a_step_and_what_comes_next(base, capsys):
     run(base, "lines", "--arms", "dense", "--max-tokens", "1024")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evolve")]
-    assert "4 steps of 256 tokens of toy (cyclic), 2 milestones, from Phase A" in lines[0]
+    assert "2 milestones, 4 steps of 256 tokens of toy (cyclic), from Phase A" in lines[0]
     assert lines[-3].startswith("evolve | 1k/1k tokens 100% | ") and "tok/s" in lines[-3] and "0.0m left" in lines[-3]
     shares = [int(share) for share in re.findall(r"(?:data|backward|optimizer|evaluation|checkpoints) (\d+)%[,;]", lines[-2])]
     assert len(shares) == 5 and 97 <= sum(shares) <= 103 and "peak memory" in lines[-2], lines[-2]
@@ -271,6 +358,8 @@ def test_progress_has_a_first_line_a_line_a_step_and_what_comes_next(base, capsy
 BAD = {"an unknown arm": (["--arms", "dense,cll"], "cll.*expected one of dense, cl"),
        "an arm twice": (["--arms", "dense,dense"], "different arms"),
        "a checkpoint for two arms": (["--from", "d2_dense_s42"], "one only with --from"),
+       "a cool-down without end": (["--max-tokens", "0", "--repeat", "--lr-schedule", "wsd"], "needs --repeat and --lr-schedule constant"),
+       "an end of the data without end": (["--max-tokens", "0"], "needs --repeat"),
        "a batch that does not divide": (["--total-batch-size", "200"], "multiple of rows x context x ranks = 128.*got 200"),
        "fewer tokens than a batch": (["--max-tokens", "255"], "less than one batch"),
        "a negative guard": (["--floor-guard", "-0.1"], "--floor-guard.*got -0.1"),

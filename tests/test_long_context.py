@@ -1,5 +1,7 @@
 """Phase B with rows longer than Phase A's: what is far back is seen."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -24,7 +26,8 @@ def reach(model, needle=3, length=LONG):
 def test_a_token_beyond_phase_as_context_changes_the_loss(base):
     def begun(*more):
         with patching.applied():
-            return evolve.begin(evolve.parse([*FLAGS, "--arms", "dense", *more]))
+            with ExitStack() as held:
+                return evolve.begin(evolve.parse([*FLAGS, "--arms", "dense", *more]), held)
     short, long = begun("--name", "short").learners[0].model, begun("--name", "long", "--max-seq-len", str(LONG)).learners[0].model
     for model in (short, long):  # the toy's output projections are next to zero
         for name, p in model.named_parameters():

@@ -136,6 +136,14 @@ def test_missing_or_broken_text_and_tokenizer_are_named(here, base):
     assert not (here / "base_checkpoints").exists()
 
 
+@pytest.mark.parametrize("depth,steps,batch", [(4, 528, 2**18), (6, 1062, 2**18), (12, 2520, 2**19), (20, 4980, 2**20), (24, 8352, 2**20)])
+def test_the_horizon_is_nanochats(depth, steps, batch):
+    """Against the reference numbers of upstream's interface, at a vocabulary of 32,768 and 12 tokens per scaling parameter."""
+    horizon = lambda *more: pretrain.horizon(pretrain.parse(["--profile", "h100x8", "--depth", str(depth), *more]).flags, 32768)
+    assert horizon() == (steps, batch)
+    assert horizon("--num-iterations", "7", "--total-batch-size", "4096") == (7, 4096)
+
+
 def test_checkpoints_of_another_program_are_left_alone(here):
     stranger = here / "base_checkpoints" / "d2_dense_s42" / "model_000001.pt"
     stranger.parent.mkdir(parents=True)
