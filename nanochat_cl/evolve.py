@@ -115,6 +115,18 @@ def checkpoints(args: argparse.Namespace, vocab_size: int) -> list["PhaseA"]:
     return [replace(a, seq_len=args.recipe.max_seq_len or seq_len) for a in found]
 
 
+def same_text(args: argparse.Namespace, found: list["PhaseA"], words: str, text: str | None) -> None:
+    """UserError for a Phase A with another tokenizer than `words`; a warning where it read other text than the domain was compared with."""
+    if other := [a.arm for a in found if a.result.get("asked", {}).get("tokenizer", words) != words]:
+        raise UserError(f"Phase A of {', '.join(other)} was trained with another tokenizer than there is now; make it again")
+    if other := [a.arm for a in found if a.result.get("text") != text]:
+        what = (f"Phase A of {', '.join(other)} was not made with the general text that {domain.name_of(args.sizes['domain'])} was compared with: "
+                f"it may have read what is held out")
+        if args.confirmatory:
+            raise UserError(f"{what}; for --confirmatory make it again, after the domain")
+        machine.say(f"evolve | warning: {what}")
+
+
 def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     """All that can be refused is refused here, before anything is written; the folder is locked in `held`. None when the run is complete."""
     from nanochat import common
@@ -143,7 +155,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     folder, place, steps = base / "evolve" / args.name, base / "corpora" / name, sizes["max_tokens"] // batch_tokens or ENDLESS
     made = files.read_json(place / "corpus.json") if (place / "corpus.json").is_file() else {}
     words, text = tokenizer.fingerprint(token_bytes), corpus.fingerprint(made, "general_files")
-    asked = {**{key: getattr(args, key) for key in ("profile", "arms", "seed", "repeat", "audit", "confirmatory")}, **sizes,
+    asked = {**{key: getattr(args, key) for key in ("profile", "arms", "seed", "repeat", "audit", "confirmatory", "floor_guard")}, **sizes,
              "recipe": vars(recipe), "batch_tokens": batch_tokens, "seq_len": seq_len, "ranks": world_size, "device": device.type,
              "dtype": str(common.COMPUTE_DTYPE), "tokenizer": words, "domain_text": corpus.fingerprint(made), "general_text": text,
              "phase_a": {a.arm: {"checkpoint": a.place.name, "step": a.step, "config": a.config} for a in found}}
@@ -153,14 +165,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     if sum(record["final"] for record in records) == len(found):
         machine.say(f"evolve | complete: {len(records)} records in {folder / 'records.jsonl'}; {what_next(args, folder)}")
         return None
-    if other := [a.arm for a in found if a.result.get("asked", {}).get("tokenizer", words) != words]:
-        raise UserError(f"Phase A of {', '.join(other)} was trained with another tokenizer than there is now; make it again")
-    if other := [a.arm for a in found if a.result.get("text") != text]:
-        what = (f"Phase A of {', '.join(other)} was not made with the general text that {name} was compared with: it may have read what is "
-                f"held out")
-        if args.confirmatory:
-            raise UserError(f"{what}; for --confirmatory make it again, after the domain")
-        machine.say(f"evolve | warning: {what}")
+    same_text(args, found, words, text)
     kept = (sizes["max_tokens"] // sizes["milestone_tokens"]).bit_length() if args.keep_milestones else 0
     states = runs.KEEP + 1 + kept - len(runs.saved_steps(folder))
     machine.check_disk(folder, 12 * states * sum(a.cost["params_total"] for a in found))  # fp32 weights and two moments, at most

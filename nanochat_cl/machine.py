@@ -93,6 +93,9 @@ def detect_profile() -> str:
     return "h100x8" if gpus >= 8 else "gpu1" if gpus else "cpu"
 
 
+LOAD = ("peak_memory_bytes", "mfu")
+
+
 def load(device_type: str, flops_per_s: float) -> dict[str, float]:
     """Peak memory in bytes, of a GPU by tensors, of a CPU by this process; share of a GPU's bfloat16 peak that `flops_per_s` of it are."""
     if device_type != "cuda":

@@ -148,16 +148,12 @@ class PhaseB:
                         f"--milestone-tokens, or lower --eval-docs or --probe-items under another --name")
         for r in new if self.log else ():
             shown = {"domain_bpb": r["domain"]["val"]["bpb"], "general_bpb": r["general"]["val"]["bpb"], "recall_bpb": r["recall"]["mean"],
-                     **{key: r[key] for key in ("train_loss", "flops", "train_s", "eval_s", "tok_per_s")}, **self.load_of(r)}
+                     **{key: r[key] for key in ("train_loss", "flops", "train_s", "eval_s", "tok_per_s", *machine.LOAD) if key in r}}
             self.log.log({"tokens": r["tokens"], **{f"{r['arm']}/{key}": value for key, value in shown.items()}}, step=step)
 
     def most(self) -> float:
         """Share of the training time that scores and states may take at ordinary milestones."""
         return MAX_SHARE.get(self.learners[0].device.type, 0.1)
-
-    def load_of(self, r: dict) -> dict[str, float]:
-        """Memory and MFU: a continued run has others, so they are in no record."""
-        return machine.load(self.learners[0].device.type, r["flops_per_token"] * r["tok_per_s"] / runs.ranks()[1])
 
     def keep_within(self, learner: Learner, records: list[dict]) -> None:
         """With a floor guard: the arm's best model within it, where it is the newest, as a checkpoint that nanochat's own scripts load."""
@@ -205,6 +201,7 @@ class PhaseB:
             "phase_a_text": a.result.get("text"),
             "train_s": learner.train_s, "update_s": learner.update_s, "eval_s": learner.eval_s, "data_s": self.state["data_s"],
             "checkpoint_s": self.state["checkpoint_s"], "tok_per_s": tok_per_s,
+            **machine.load(learner.device.type, costs["flops_per_token"] * tok_per_s / runs.ranks()[1]),
             "update_ratio": learner.update_ratio,
             "subdomain": stream.current(step - 1) if step else None, "seen": stream.seen(step),
             "train_loss": learner.loss_sum / count if count else None, "lr_mult": lr_mult, "stream_hash": self.state["stream_hash"],
@@ -261,7 +258,7 @@ class PhaseB:
         train_s, update_s, eval_s = (sum(getattr(learner, key) for learner in self.learners) for key in ("train_s", "update_s", "eval_s"))
         spent = {"data": self.state["data_s"], "forward and backward": train_s - update_s, "optimizer": update_s, "evaluation": eval_s,
                  "checkpoints": self.state["checkpoint_s"]}
-        load = self.load_of(self.state["records"][-1])
+        load = self.state["records"][-1]
         return ("evolve | time: " + ", ".join(f"{name} {s / sum(spent.values()):.0%}" for name, s in spent.items())
                 + f"; ordinary milestones: evaluation {metrics.light_share(self.state['records']):.0%} of training (with checkpoints at most "
                 f"{self.most():.0%})"

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from nanochat_cl import crossover, curves, figures, files, metrics
+from nanochat_cl import crossover, curves, figures, files, machine, metrics
 from nanochat_cl.command import run
 from nanochat_cl.runs import differences
 
@@ -38,7 +38,7 @@ pre{background:#f5f7f8;padding:.7rem .9rem;font-size:.8rem;line-height:1.4;white
 """
 ABSENT = "<p class=soft>Not measured.</p>"
 COSTS = ("params_total", "params_active", "flops_per_token", "phase_a_tokens", "phase_a_flops", "tokens", "unique_tokens", "flops",
-         "tok_per_s", "train_s", "update_s", "data_s", "eval_s", "checkpoint_s")
+         "tok_per_s", "train_s", "update_s", "data_s", "eval_s", "checkpoint_s", *machine.LOAD)
 RULES = {"gap": "starts below: d(0) < 0", "limit": f"ends above the best dense score, by {crossover.SMALLEST_BPB} bpb or more",
          "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end",
          "floor": f"loses at most {crossover.FLOOR_BPB} bpb of general text more than dense"}

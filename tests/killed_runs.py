@@ -12,7 +12,8 @@ from pathlib import Path
 import torch._inductor.compile_fx  # torch.compile imports it: here, once, not in every process that is forked
 
 import toy_phase_a
-from nanochat_cl import command, evaluate, evolve, exam, files, runs
+from toy_phase_a import comparable  # noqa: F401 (for those who import this module)
+from nanochat_cl import command, evaluate, evolve, exam, runs
 
 MOMENTS = ("optimizer step", "evaluation", "rename")
 
@@ -71,12 +72,6 @@ def start(name: str, base: Path, *more: str, planted: dict[int, Callable[[], Non
 def wait(processes: list[int]) -> list[int]:
     """Exit status of each, negative for a signal."""
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
-
-
-def comparable(base: Path, name: str) -> list[dict]:
-    """Records without what may differ: the run's name, and times."""
-    return [{k: v for k, v in r.items() if k not in ("run", "tok_per_s") and not k.endswith("_s")}
-            for r in files.read_jsonl(base / "evolve" / name / "records.jsonl")]
 
 
 def said(base: Path, name: str) -> str:

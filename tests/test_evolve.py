@@ -448,6 +448,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_rows_and_last_good_st
     assert "8 rows from gamma token 256 to gamma token 480" in said or "8 rows from" in said
     assert str(base / "evolve/nan/checkpoints/000000") in said
     assert last_state(base, "nan")["step"] == 0, "the state before the accident is still the last"
+    trial = files.read_json(base / "evolve/nan/stopped.json")
+    assert (trial["arm"], trial["lr_mult"], trial["seed"], trial["step"], trial["reason"]) == ("dense", 1e30, 42, 1, "the loss is nan"), trial
+    assert "lr_mult=1e+30" in trial["recipe"]
 
 
 def test_an_explosion_is_three_steps_far_above_the_median_and_a_hard_batch_is_none(base):

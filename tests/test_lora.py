@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import toy_phase_a
-from nanochat_cl import evolve, files, lora, phase_b, runs
+from nanochat_cl import evolve, lora, phase_b, runs
 
 RANK = 4
 
@@ -112,8 +112,7 @@ def test_the_arm_learns_freezes_phase_a_and_continues_from_a_state_to_the_same_r
                 m.setattr(phase_b.PhaseB, "train", train)
                 evolve.evolve(args)
         evolve.evolve(args)
-        rows = files.read_jsonl(base / "evolve" / name / "records.jsonl")
-        return [{k: v for k, v in r.items() if k not in ("run", "tok_per_s") and not k.endswith("_s")} for r in rows]
+        return toy_phase_a.comparable(base, name)
     whole = run("whole")
     assert whole == run("stopped", stop_after=3)
     mine = [r for r in whole if r["arm"] == "dense-lora"]

@@ -2,9 +2,11 @@
 import importlib
 import re
 import shlex
+import subprocess
 
 import pytest
 
+from nanochat_cl import sweep
 from nanochat_cl.upstream import REPO
 
 VARIABLES = {"$PROFILE": "cpu", "$SEED": "42", "$NAME": "s42", "$WANDB_RUN": "dummy", "$NANOCHAT_BASE_DIR": "/base", "<dir>": "dir", "DIR": "dir"}
@@ -17,7 +19,21 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
     return [(module, words(text)) for module, text in found if module != "nanochat_cl.machine"]
 
 
-ALL = [(name, *command) for name in ("README.md", "speedrun_cl.sh", "docs/model-cl.md", "upstream/README.md") for command in commands(name)]
+ALL = [(name, *command) for name in ("README.md", "speedrun_cl.sh", "docs/model-cl.md", "docs/scale.md", "upstream/README.md", "runs/prepare.sh")
+       for command in commands(name)]
+SWEEPS = ("runs/cpu.sh", "runs/gpu1.sh", "runs/h100x8.sh", "runs/ablation.sh")
+
+
+@pytest.mark.parametrize("script", SWEEPS)
+def test_every_script_plans_what_it_says(script, tmp_path, capsys):
+    """The commands as the shell expands them, with its set-up and python left out; then their plans."""
+    stub = 'source() { :; }; python() { printf "%q " "$@"; echo; }; . "$0"'
+    done = subprocess.run(["bash", "-c", stub, script, "--dry-run", "--tok-per-s", "1e5"], cwd=REPO, capture_output=True, text=True, check=True)
+    plans = [shlex.split(line)[2:] for line in done.stdout.splitlines() if "nanochat_cl.sweep" in line]
+    for argv in plans:
+        assert sweep.sweep(sweep.parse(argv), tmp_path) == {} and not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    assert len(plans) == 1 + 2 * ("ablation" in script) == len(re.findall(r"\d+ runs, \d+ to do, .*about [\d.]+ h and evaluation", said)), said
 
 
 @pytest.mark.parametrize("name, module, argv", ALL, ids=lambda value: value if isinstance(value, str) else " ".join(value) or "-")
@@ -31,8 +47,9 @@ def test_the_scripts_cover_every_stage_in_order():
 
 
 def test_linked_files_exist():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", (REPO / "README.md").read_text())
-    assert links and [link for link in links if not (REPO / link).exists()] == []
+    for page in ("README.md", "docs/model-cl.md", "docs/scale.md"):
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", (REPO / page).read_text())
+        assert [link for link in links if not (REPO / page).parent.joinpath(link).exists()] == []
 
 
 def test_upstream_imports_nothing_of_ours():

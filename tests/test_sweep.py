@@ -326,8 +326,7 @@ def test_a_real_sweep_ends_with_a_ledger_a_certificate_and_a_report(base, monkey
 def test_a_branch_is_the_run_that_cooled_down_from_the_start(base):
     def records(name: str, *more: str) -> list[dict]:
         evolve.evolve(evolve.parse([*toy_phase_a.ARGS, "--arms", "cl", "--name", name, *more]))
-        return [{k: v for k, v in r.items() if k not in ("run", "tok_per_s") and not k.endswith("_s")}
-                for r in files.read_jsonl(base / "evolve" / name / "records.jsonl")]
+        return toy_phase_a.comparable(base, name)
     cooled = ["--lr-schedule", "wsd", "--cooldown-frac", "0.5"]
     trunk = records("trunk", "--max-tokens", "2560")  # 10 steps, milestones 4, 8 and 10; states are there at 8 and 10
     with pytest.raises(UserError, match="no state to branch from.*agree up to step 6"):
@@ -348,8 +347,7 @@ def test_a_run_without_end_goes_on_until_it_is_told_to_stop_and_cools_down_in_br
             evolve.evolve(evolve.parse([*toy_phase_a.ARGS, "--arms", "cl", "--name", name, "--repeat", *more]))
         except KeyboardInterrupt:
             pass
-        return [{k: v for k, v in r.items() if k not in ("run", "tok_per_s") and not k.endswith("_s")}
-                for r in files.read_jsonl(base / "evolve" / name / "records.jsonl")]
+        return toy_phase_a.comparable(base, name)
     train = phase_b.PhaseB.train
     for stop in (5, 14):
         def until(self):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanochat_cl import accounting, arms, files, patching
+from nanochat_cl import accounting, arms, files, machine, patching
 
 T, ROWS = 32, 4
 WORDS = {"alpha": "river stone moss fern brook water trout bank reed shade",
@@ -76,6 +76,12 @@ def checkpoint(base: Path, name: str, tokenizer, seed: int = 42, steps: int = 3)
     files.write_json(place / "phase_a.json", {"arm": name, "seed": seed, "step": steps, "tokens": steps * batch_tokens,
                                               "flops": steps * batch_tokens * accounting.flops_per_token(config), "seconds": 1.0})
     return place
+
+
+def comparable(base: Path, name: str) -> list[dict]:
+    """The records of a run without what may differ: its name, times and memory."""
+    return [{k: v for k, v in r.items() if k not in ("run", "tok_per_s", *machine.LOAD) and not k.endswith("_s")}
+            for r in files.read_jsonl(base / "evolve" / name / "records.jsonl")]
 
 
 @contextmanager
