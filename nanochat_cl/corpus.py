@@ -114,11 +114,12 @@ def complete(profile: str) -> dict:
 
 
 def held_out(documents: Iterable[Document], limit: float, skipped: dict, workers: int) -> dict[str, list[Document]]:
-    """The held-out documents at the beginning of a corpus, of each class `limit` characters; no test document is near to a val document."""
-    found, size = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0)
+    """The held-out documents at the beginning of a corpus, `limit` characters a class: no copies, and no test document near to a val document."""
+    found, size, seen = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0), set()
     for d in documents:
         split = split_of(d.key)
-        if split != "train" and size[split] < limit:
+        if split != "train" and size[split] < limit and (name := digest(d.text)) not in seen:
+            seen.add(name)
             found[split].append(d)
             size[split] += len(d.text)
             if min(size.values()) >= limit:

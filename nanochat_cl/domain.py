@@ -44,12 +44,14 @@ def name_of(domain: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
 
 
-def items(folder: Path) -> list[str]:
-    """The evaluation items of `folder`/*/*.jsonl with their right answers; what has fewer than 13 words is too common to be compared."""
+def items(base: Path) -> tuple[list[str], int]:
+    """All evaluation items under `base` with their right answers; how many are left out: below 13 words they are too common to be compared."""
     from nanochat_cl import exam
-    read = [item for path in sorted(folder.glob("*/*.jsonl")) for item in exam.read(path, 10**9)]
+    read = [item for path in sorted(base.glob("eval/*/*.jsonl")) for item in exam.read(path, 10**9)]
+    read += [item for group in exam.CORE for item in exam.core(base / "eval_bundle", group, 10**9)]
     texts = [(i.context if isinstance(i.context, str) else i.context[i.gold]) + i.choices[i.gold] for i in read]
-    return [text for text in texts if len(text.split()) >= NGRAM]
+    compared = [text for text in texts if len(re.findall(r"\w+", text)) >= NGRAM]
+    return compared, len(texts) - len(compared)
 
 
 def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) -> list[Document]:
@@ -77,8 +79,8 @@ def build(args: argparse.Namespace) -> None:
         raise UserError("a domain cannot be called general: that is the corpus of Phase A; rename its folder")
     recipe = recipe_of(args.domain)
     asked = {"domain": args.domain, "recipe": recipe, "order": args.order or recipe.get("order", "seed"), "subdomain_mb": args.subdomain_mb}
-    evaluation = items(folder.parent.parent / "eval")
-    compared = {"number": len(evaluation), "sha256": digest("\n".join(evaluation))}
+    evaluation, short = items(folder.parent.parent)
+    compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join(evaluation))}
     general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
     if made and (made["items"], made["general_files"]) == (compared, general["files"]):
         print(f"domain | complete: {made['documents']['train']:,} training documents in {folder}")
@@ -89,7 +91,7 @@ def build(args: argparse.Namespace) -> None:
     made |= corpus.prune(Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
     files.write_json(folder / "corpus.json", made)
     print(table(made["subdomains"]))
-    print(f"domain | {len(evaluation):,} evaluation items compared; dropped here {made['dropped']}, from the general corpus "
+    print(f"domain | {len(evaluation):,} evaluation items compared, {short:,} too short for it; dropped here {made['dropped']}, from the general corpus "
           f"{made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
           f"skipped: {made['skipped']}; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
 

@@ -8,6 +8,8 @@ from planted import KEPT, SECRET, sentences, site_packages
 
 from nanochat_cl import corpus, files
 from nanochat_cl.command import UserError
+from nanochat_cl.holdout import split_of
+from nanochat_cl.sources import Document
 
 
 @pytest.fixture
@@ -89,6 +91,13 @@ def lines(path, documents=400):
     texts = [sentences(r, 40) for _ in range(documents)]
     (path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts + texts[:50]))
     return f"files:{path}/*.jsonl"
+
+
+def test_of_copies_among_the_held_out_documents_one_is_kept():
+    keys = [next(k for k in (f"{name}{i}" for i in range(999)) if split_of(k) == split) for name, split in zip("abcd", ("val", "val", "test", "test"))]
+    documents = [Document(text, "s", key) for text, key in zip(("?! ...", "one two", "?! ...", "three four"), keys)]  # "?! ..." has no word to compare
+    held = corpus.held_out([*documents, documents[1]], float("inf"), {}, 1)
+    assert {c: [d.text for d in found] for c, found in held.items()} == {"val": ["?! ...", "one two"], "test": ["three four"]}
 
 
 def test_a_build_that_died_continues_to_the_same_shards(tmp_path, monkeypatch):

@@ -178,8 +178,12 @@ def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(
     text_folder(tmp_path / "company", tmp_path / "web")
     questions = [f"itemword {sentences(r, 20)}" for _ in range(40)]
     (base / "eval" / "facts").mkdir(parents=True)
-    asked = [{"question": q, "choices": ["no", "yes"], "answer": 1} for q in questions]
+    asked = [{"question": q, "choices": ["no", "yes"], "answer": 1} for q in (*questions[10:], "too short to be compared?")]
     (base / "eval" / "facts" / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    bundle = base / "eval_bundle"
+    (bundle / "eval_data").mkdir(parents=True)
+    (bundle / "core.yaml").write_text("icl_tasks:\n- {label: jeopardy, dataset_uri: j.jsonl, continuation_delimiter: ' '}\n")
+    (bundle / "eval_data" / "j.jsonl").write_text("\n".join(json.dumps({"context": q, "continuation": "yes"}) for q in questions[:10]))
     for i, question in enumerate(questions):
         place = (tmp_path / "company" / "law", tmp_path / "web")[i % 2]
         (place / f"item{i}.txt").write_text(f"{KEPT} {sentences(r, 60)} {question} yes {sentences(r, 60)}")
@@ -191,7 +195,8 @@ def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(
     held = [d["text"] for c in ("val", "test") for name in ("company", "general") for d in read(base / "corpora" / name / f"{c}.parquet")]
     counts = manifest["dropped"]["near_evaluation"], manifest["general_pruned"]["near_evaluation"], sum("itemword" in text for text in held)
     assert sum(counts) == 40 and min(counts) > 0 and sum(manifest["held_out_near_evaluation"].values()) == counts[2]
-    assert "40 evaluation items compared" in capsys.readouterr().out
+    assert "40 evaluation items compared, 1 too short for it;" in capsys.readouterr().out
+    assert (manifest["items"]["number"], manifest["items"]["too_short"]) == (40, 1)
     (base / "eval" / "facts" / "q.jsonl").write_text('{"question": "a"}\n{"choices": 3, "answer": 0}')
     with pytest.raises(UserError, match="q.jsonl: expected lines with good and bad"):
         run(f"files:{tmp_path / 'company'}")
