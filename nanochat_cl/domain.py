@@ -55,7 +55,7 @@ def items(base: Path) -> tuple[list[str], int]:
 
 
 def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) -> list[Document]:
-    """The documents of one source, each sub-domain up to the limit."""
+    """The documents of one source, each sub-domain up to `limit` bytes of each class, times CAP."""
     if source["source"] == "embedded":
         installed = [name for name in source["packages"] if (args.packages / name).is_dir()][:source["most"]]
         documents = sources.extract(sources.code, sources.modules(args.packages, installed), args.workers)
@@ -66,7 +66,7 @@ def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) 
         split = split_of(d.key)
         if size[d.subdomain, split] < limit * CAP[split]:
             found.append(d)
-            size[d.subdomain, split] += len(d.text)
+            size[d.subdomain, split] += len(d.text.encode())
         elif all(size[name, "train"] >= limit for name in source.get("values", [source.get("value")])):
             break
     return found

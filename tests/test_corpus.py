@@ -100,6 +100,13 @@ def test_of_copies_among_the_held_out_documents_one_is_kept():
     assert {c: [d.text for d in found] for c, found in held.items()} == {"val": ["?! ...", "one two"], "test": ["three four"]}
 
 
+def test_the_limit_of_what_is_held_out_is_in_bytes_and_ends_the_reading(tmp_path):
+    read = []
+    documents = (read.append(i) or Document(f"\u4e2d\u6587 {i:05d}", "s", f"k{i}") for i in range(99_999))  # 12 bytes, 8 characters
+    held = corpus.held_out(documents, 120, {}, 1)
+    assert {c: len(found) for c, found in held.items()} == {"val": 10, "test": 10} and len(read) < 999
+
+
 def test_a_build_that_died_continues_to_the_same_shards(tmp_path, monkeypatch):
     source = lines(tmp_path / "text")
     whole = use(tmp_path / "whole", monkeypatch)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from planted import KEPT, SECRET, sentences, site_packages, text_folder
@@ -10,6 +11,7 @@ from test_stream import T, Words
 from nanochat_cl import domain, files, stream
 from nanochat_cl.command import UserError
 from nanochat_cl.holdout import digest, split_of
+from nanochat_cl.sources import Document
 
 
 @pytest.fixture
@@ -119,6 +121,16 @@ def test_a_subdomain_is_cut_at_its_limit_and_one_too_small_for_all_classes_is_na
     manifest = files.read_json(base / "corpora" / "d" / "corpus.json")
     assert list(manifest["subdomains"]) == ["big"] and 29_000 < manifest["subdomains"]["big"]["bytes"] < 31_000
     assert manifest["skipped"] == "1 sub-domains too small for documents in train, val and test (small)"
+
+
+def test_the_limit_of_a_subdomain_is_in_bytes_of_each_class_and_reading_ends_when_all_are_full(monkeypatch):
+    read = []
+    documents = lambda *_: (read.append(i) or Document(f"\u4e2d\u6587 {i:05d}", "ab"[i % 2], f"k{i}") for i in range(9_999))  # 12 bytes, 8 characters
+    monkeypatch.setattr(domain.sources, "read", documents)
+    count = lambda names: Counter((d.subdomain, split_of(d.key)) for d in domain.gather({"source": "files:x", "values": names}, 1200, None, {}))
+    assert {key: n for key, n in count("ab").items() if key[1] == "train"} == {("a", "train"): 100, ("b", "train"): 100} and len(read) < 400
+    assert count("abc") == {(name, split): n for name in "ab" for split, n in (("train", 100), ("val", 20), ("test", 20))}, "nothing of c"
+    assert len(read) > 9_999
 
 
 def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(base, tmp_path, site, recipes):
