@@ -15,7 +15,7 @@ from nanochat_cl import files, pretrain, sources
 from nanochat_cl.command import UserError, run
 from nanochat_cl.holdout import HELD_OUT, NEAR, Overlap, digest, split_of
 from nanochat_cl.profiles import PROFILES
-from nanochat_cl.sources import Document, checksums, read_parquet, said, write_parquet
+from nanochat_cl.sources import Document, checksums, read_parquet, said, verify, write_parquet
 
 BYTES_PER_TOKEN = 4.2       # English at a vocabulary of 32K (est.): turns --tokens into bytes
 CROPPED = 0.4               # of the text is thrown away by nanochat's packing (35 % at 2,048 tokens, rounded up)
@@ -56,6 +56,7 @@ def build(args: argparse.Namespace) -> None:
     data_dir, general = Path(DATA_DIR), Path(get_base_dir()) / "corpora" / "general"
     asked = {"source": args.source, "tokens": args.tokens, "docs_per_shard": args.docs_per_shard}
     if found := manifest(data_dir, asked):
+        verify(data_dir, found["files"])
         print(f"corpus | complete: {found['documents']['train']:,} training documents in {data_dir}")
         return
     state = manifest(data_dir, asked, partial := "corpus.partial.json")  # of a build that died; it tells our shards from others'
@@ -151,13 +152,14 @@ def prune(overlap: Overlap) -> dict[str, dict]:
     """
     from nanochat.dataset import DATA_DIR
     data_dir, pruned, left = Path(DATA_DIR), dict.fromkeys(overlap.groups, 0), 0
+    state = files.read_json(data_dir / "corpus.json")
+    files.write_json(data_dir / "corpus.json", {**state, "files": {}})  # whoever stops here has no wrong checksums, and begins again
     for path in sorted(data_dir.glob("*.parquet"))[:-1]:
         shard = read_parquet(path)
         kept = [d for d, _ in screened(shard, overlap, set(), pruned)]
         if len(kept) < len(shard):
             write_parquet(path, kept)
         left += len(kept)
-    state = files.read_json(data_dir / "corpus.json")
     state["documents"]["train"], state["files"] = left, checksums(data_dir)
     state["dropped"] |= {group: state["dropped"].get(group, 0) + count for group, count in pruned.items()}
     files.write_json(data_dir / "corpus.json", state)

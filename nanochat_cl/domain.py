@@ -18,7 +18,7 @@ from nanochat_cl import corpus, files, sources
 from nanochat_cl.command import UserError, run
 from nanochat_cl.holdout import HELD_OUT, NEAR, NGRAM, Overlap, digest, split_of
 from nanochat_cl.profiles import PROFILES
-from nanochat_cl.sources import Document, checksums, read_parquet, said, write_parquet
+from nanochat_cl.sources import Document, checksums, read_parquet, said, verify, write_parquet
 
 RECIPES = Path(__file__).parent / "domains"
 OTHERS = "the path of a recipe, files:<folder or glob> or hf:<dataset>[:config][:column]"
@@ -83,6 +83,7 @@ def build(args: argparse.Namespace) -> None:
     compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join(evaluation))}
     general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
     if made and (made["items"], made["general_files"]) == (compared, general["files"]):
+        verify(folder, made["files"])
         print(f"domain | complete: {made['documents']['train']:,} training documents in {folder}")
         return
     print(f"domain | {args.domain} -> {folder}", flush=True)

@@ -58,7 +58,20 @@ def read_parquet(path: Path) -> list[Document]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """{name: sha256} of the parquet files in a folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
+    found = {path.name: hashlib.sha256() for path in sorted(folder.glob("*.parquet"))}
+    for name, whole in found.items():
+        with open(folder / name, "rb") as f:
+            for part in iter(partial(f.read, 2**20), b""):
+                whole.update(part)
+    return {name: whole.hexdigest() for name, whole in found.items()}
+
+
+def verify(folder: Path, expected: dict[str, str]) -> None:
+    """UserError names a parquet file that is not as `expected`, a result of `checksums`; {} while it is being changed."""
+    found = checksums(folder) if expected else {}
+    if bad := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
+        raise UserError(f"{folder / bad[0]} is damaged, missing or not ours: its sha256 is not the one in corpus.json; "
+                        f"delete {folder} and run the same command again")
 
 
 def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, place: dict | None = None) -> Iterator[Document]:

@@ -143,6 +143,12 @@ def test_what_is_complete_is_skipped_and_what_differs_or_is_foreign_is_refused(b
     assert 2000 * corpus.BYTES_PER_TOKEN <= files.read_json(base / "base_data_climbmix" / "corpus.json")["bytes"] < 25_000
     with pytest.raises(UserError, match=r"tokens: 2000\.0 -> null\); delete the folder"):
         run("--source", source)
+    shard = base / "base_data_climbmix" / "shard_00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
+    with pytest.raises(UserError, match="shard_00001.parquet is damaged, missing or not ours: its sha256 .*; delete .*base_data_climbmix and run") as e:
+        run("--source", source, "--tokens", "2000")
+    assert "\n" not in str(e.value)
     (base / "base_data_climbmix" / "corpus.json").unlink()
     with pytest.raises(UserError, match="not ours"):
         run("--source", source)

@@ -8,10 +8,10 @@ from test_corpus import read, read_all_train, trained_text, use
 from test_corpus import run as make_corpus
 from test_stream import T, Words
 
-from nanochat_cl import domain, files, stream
+from nanochat_cl import corpus, domain, files, stream
 from nanochat_cl.command import UserError
 from nanochat_cl.holdout import digest, split_of
-from nanochat_cl.sources import Document
+from nanochat_cl.sources import Document, checksums
 
 
 @pytest.fixture
@@ -76,10 +76,35 @@ def test_copies_of_held_out_domain_documents_are_taken_out_of_both_phases(base, 
 
     run(f"files:{tmp_path / 'company'}")
     assert capsys.readouterr().out.count("\n") == 1, "complete: one line"
+    whole = (folder / "val.parquet").read_bytes()
+    (folder / "val.parquet").write_bytes(whole + b".")
+    with pytest.raises(UserError, match="company/val.parquet is damaged, missing or not ours.*; delete .*company and run"):
+        run(f"files:{tmp_path / 'company'}")
+    (folder / "val.parquet").write_bytes(whole)
     shutil.rmtree(base / "base_data_climbmix")
     make_corpus("--source", f"files:{tmp_path / 'web'}")
     run(f"files:{tmp_path / 'company'}")
     assert SECRET not in trained_text(16), "a general corpus made again is compared again"
+
+
+def test_a_stop_while_the_general_corpus_is_changed_leaves_it_sound_and_the_same_command_ends_it(base, tmp_path, monkeypatch):
+    text_folder(tmp_path / "company", tmp_path / "web")
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    write = corpus.write_parquet
+
+    def failing(path, documents):
+        write(path, documents)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "write_parquet", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"files:{tmp_path / 'company'}")
+    monkeypatch.setattr(corpus, "write_parquet", write)
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(f"files:{tmp_path / 'company'}")
+    assert SECRET not in trained_text(16)
+    general = files.read_json(base / "base_data_climbmix" / "corpus.json")
+    assert general["files"] == checksums(base / "base_data_climbmix") and general["documents"]["train"] == len(read_all_train(base))
 
 
 def test_what_another_general_corpus_holds_out_leaves_the_domain_that_was_there_before_it(base, tmp_path):
