@@ -115,7 +115,7 @@ def complete(profile: str) -> dict:
 
 
 def held_out(documents: Iterable[Document], limit: float, skipped: dict, workers: int) -> dict[str, list[Document]]:
-    """The held-out documents at the beginning of a corpus, `limit` bytes a class: no copies, and no test document near to a val document."""
+    """The held-out documents at the beginning of a corpus, `limit` bytes a class: no copies, no test document near to a val document."""
     found, size, seen = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0), set()
     for d in documents:
         split = split_of(d.key)

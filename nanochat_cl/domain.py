@@ -45,7 +45,7 @@ def name_of(domain: str) -> str:
 
 
 def items(base: Path) -> tuple[list[str], int]:
-    """All evaluation items under `base` with their right answers; how many are left out: below 13 words they are too common to be compared."""
+    """The evaluation items under `base` with their right answers; how many are left out, of under 13 words: too common to be compared."""
     from nanochat_cl import exam
     read = [item for path in sorted(base.glob("eval/*/*.jsonl")) for item in exam.read(path, 10**9)]
     read += [item for group in exam.CORE for item in exam.core(base / "eval_bundle", group, 10**9)]
@@ -92,8 +92,8 @@ def build(args: argparse.Namespace) -> None:
     made |= corpus.prune(Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
     files.write_json(folder / "corpus.json", made)
     print(table(made["subdomains"]))
-    print(f"domain | {len(evaluation):,} evaluation items compared, {short:,} too short for it; dropped here {made['dropped']}, from the general corpus "
-          f"{made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
+    print(f"domain | {len(evaluation):,} evaluation items compared, {short:,} too short for it; dropped here {made['dropped']}, from the general "
+          f"corpus {made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
           f"skipped: {made['skipped']}; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
 
 

@@ -151,7 +151,8 @@ def _json(line: str) -> Any:
         return json.loads(line)
 
 
-def _hub_rows(dataset: str, config: str, column: str, named: set[str], data_files: str | None, place: dict) -> Iterator[tuple[str, str, dict]]:
+def _hub_rows(dataset: str, config: str, column: str, named: set[str], data_files: str | None,
+              place: dict) -> Iterator[tuple[str, str, dict]]:
     import datasets  # slow to import, and needed here alone
     for name in ("huggingface_hub", "httpx", "httpx2"):  # they report each retry and each request
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -44,18 +44,20 @@ def table(x: np.ndarray, args: argparse.Namespace) -> str:
     """A row per kind, in Markdown; the last one is the mean of the kinds, which are independent."""
     models, seeds, kinds, twins, _ = x.shape
     both = "" if models == 1 else f" Difference: {args.tags[1]} minus {args.tags[0]}."
-    heads = [f"{tag}: bpb (s.e.), accuracy of each seed" for tag in args.tags] + ["s.d. between seeds: bpb, accuracy"]
+    heads = [f"{tag}: bpb (s.e.), accuracy of each seed; of each level" for tag in args.tags] + ["s.d. between seeds: bpb, accuracy"]
     heads += ["difference: bpb, accuracy", "smallest difference: bpb, accuracy"] if models > 1 else []
     rows, pooled = [], x.transpose(0, 2, 1, 3, 4).reshape(models, kinds, -1, 2)                 # twins of all seeds together
     se = pooled.std(2, ddof=1) / np.sqrt(seeds * twins)                                         # (models, kinds, 2)
     by_seed = x.mean(3)                                                                         # (models, seeds, kinds, 2)
+    by_level = np.stack([x[:, :, :, level::probes.LEVELS, 1].mean((1, 3)) for level in range(probes.LEVELS)], 2)  # (models, kinds, levels)
     gap = pooled[min(1, models - 1)] - pooled[0]
     least = 1.96 * gap.std(1, ddof=1) / np.sqrt(seeds * twins)                                  # (kinds, 2)
     for k, name in enumerate([*probes.KINDS, "mean of all"]):
         mean = lambda a, axis: a.mean(axis) if name == "mean of all" else np.take(a, k, axis)
         root = lambda a, axis: np.sqrt((a ** 2).mean(axis) / kinds) if name == "mean of all" else np.take(a, k, axis)
         seed, error, sd = mean(by_seed, 2), root(se, 1), mean(by_seed, 2).std(1, ddof=1).mean(0) if seeds > 1 else [np.nan] * 2
-        cells = [f"{s[:, 0].mean():.3f} ({e[0]:.3f}), " + " ".join(f"{a:.1%}" for a in s[:, 1]) for s, e in zip(seed, error)]
+        percent = lambda accuracies: " ".join(f"{a:.1%}" for a in accuracies)
+        cells = [f"{s[:, 0].mean():.3f} ({e[0]:.3f}), {percent(s[:, 1])}; {percent(l)}" for s, e, l in zip(seed, error, mean(by_level, 1))]
         cells += [f"{sd[0]:.3f}, {sd[1]:.1%}"]
         if models > 1:
             d, w = mean(gap.mean(1), 0), root(least, 0)
