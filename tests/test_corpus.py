@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from planted import KEPT, SECRET, sentences, site_packages
+from planted import KEPT, SECRET, changed, sentences, site_packages
 
 from nanochat_cl import corpus, files
 from nanochat_cl.command import UserError
@@ -98,6 +98,22 @@ def test_of_copies_among_the_held_out_documents_one_is_kept():
     documents = [Document(text, "s", key) for text, key in zip(("?! ...", "one two", "?! ...", "three four"), keys)]  # "?! ..." has no word to compare
     held = corpus.held_out([*documents, documents[1]], float("inf"), {}, 1)
     assert {c: [d.text for d in found] for c, found in held.items()} == {"val": ["?! ...", "one two"], "test": ["three four"]}
+
+
+def test_a_test_document_near_to_a_val_document_is_left_out():
+    import random
+    r, key = random.Random(7), lambda split: next(k for k in map(str, range(999)) if split_of(k) == split)
+    near, other = changed(text := sentences(r, 60)), sentences(r, 60)
+    held = corpus.held_out([Document(text, "s", key("val")), Document(near, "s", key("test")), Document(other, "s", key("test"))], 10**6, {}, 1)
+    assert [d.text for d in held["test"]] == [other] and [d.text for d in held["val"]] == [text]
+
+
+def test_the_beginning_of_the_source_gives_as_much_held_out_text_as_is_asked_for(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "HELD_OUT_BYTES", 1000)
+    run("--source", lines(tmp_path / "text"))
+    for c in ("val", "test"):
+        sizes = [len(d["text"]) for d in read(base / "corpora" / "general" / f"{c}.parquet")]
+        assert sum(sizes) >= 1000 > sum(sizes[:-1]), sizes
 
 
 def test_the_limit_of_what_is_held_out_is_in_bytes_and_ends_the_reading(tmp_path):

@@ -3,6 +3,7 @@ import shutil
 from collections import Counter
 
 import pytest
+from matplotlib.figure import Figure
 from planted import KEPT, SECRET, sentences, site_packages, text_folder
 from test_corpus import read, read_all_train, trained_text, use
 from test_corpus import run as make_corpus
@@ -190,7 +191,7 @@ def test_a_domain_is_named_after_its_folder_or_dataset():
     assert {name: domain.name_of(name) for name in names} == names
 
 
-def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, recipes, capsys):
+def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, recipes, capsys, monkeypatch):
     from nanochat import dataset
     from nanochat.tokenizer import RustBPETokenizer
     make_corpus("--packages", str(site))
@@ -200,12 +201,23 @@ def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, rec
     texts = (text for batch in dataset.parquets_iter_batched("train") for text in batch)
     RustBPETokenizer.train_from_iterator(texts, 300).save(str(base / "tokenizer"))
     capsys.readouterr()
+    made, drawn = files.read_json(base / "corpora" / "planted" / "corpus.json"), []
+    for i, row in enumerate(made["subdomains"].values()):
+        row["mean_share"] = (i + 1) / 100
+    files.write_json(base / "corpora" / "planted" / "corpus.json", made)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self) or save(self, *args, **kwargs))
     stream.main(["describe", "planted"])
     out = capsys.readouterr().out
+    sizes, overlap, _ = drawn[0].axes
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("p")]
+    assert [bar.get_width() for bar in overlap.patches] == pytest.approx([100 * made["subdomains"][name]["mean_share"] for name in names])
+    assert overlap.get_xlabel() == "% held-out 13-grams" and sizes.get_xlabel() == "tokens (M)"
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("p")}
     train = read(base / "corpora" / "planted" / "train.parquet")
     assert {name: int(row[1]) for name, row in rows.items()} == {name: sum(d["subdomain"] == name for d in train) for name in rows}
-    assert len(rows) == 6
+    assert len(rows) == 6 and {name: row[5] for name, row in rows.items()} == {
+        name: f"{row['mean_share']:.2%}" for name, row in made["subdomains"].items()}
     assert (base / "corpora" / "planted" / "describe.png").read_bytes().startswith(b"\x89PNG")
 
 

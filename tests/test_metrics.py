@@ -161,6 +161,24 @@ def test_the_panel_catches_zeroed_units_and_a_collapsed_stream():
     assert collapsed["effective_rank"] < 1.5 and collapsed["stable_rank"] <= 2, (healthy, collapsed)
 
 
+def test_a_unit_is_inactive_below_one_percent_of_the_inputs():
+    class Model(torch.nn.Module):
+        """Unit i of the one layer answers to token i alone."""
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.Module()
+            layer.mlp, layer.forward = torch.nn.Identity(), lambda x: layer.mlp(x)
+            layer.mlp.c_fc = torch.nn.Linear(3, 3, bias=False)
+            layer.mlp.c_fc.weight.data = torch.eye(3)
+            self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([layer])})
+
+        def forward(self, x):
+            return self.transformer.h[0](torch.nn.functional.one_hot(x, 3).float())
+
+    found = metrics.plasticity(Model(), torch.tensor([[0] * 3 + [1] * 5 + [2] * 392]))   # 0.75 %, 1.25 % and the rest of 400 inputs
+    assert found["inactive"] == pytest.approx(1 / 3)
+
+
 def test_the_panel_measures_what_the_mlp_puts_out_and_leaves_no_hook():
     model, x, hidden = tiny_gpt(), inputs(), []
     hooks = [layer.mlp.c_proj.register_forward_hook(lambda module, args, out: hidden.append(args[0])) for layer in model.transformer.h]

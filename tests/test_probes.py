@@ -224,6 +224,20 @@ def test_each_kind_of_item_is_scored_as_computed_by_hand():
     assert (found["greedy"]["accuracy"], found["greedy"]["chance"]) == (0.5, 0)
 
 
+def test_of_what_exceeds_the_context_the_end_is_kept():
+    class Listening(Fixed):
+        def forward(self, x, y=None, loss_reduction="mean"):
+            read.extend(x.tolist())
+            return super().forward(x, y, loss_reduction)
+
+    z, read = math.log(math.exp(0) + math.exp(4) + math.exp(2) + math.exp(1) + math.exp(0)), []
+    items = [Item("long", "abcdabcdabcd", ("ab",), 0), Item("longer", "c", ("dddaaaaaaab", "d"), 0)]
+    found = probes.score_probes(Listening(), Letters(), torch.tensor([0, 1, 1, 1, 1]), items, rows=1)
+    assert [0, 3, 4, 1, 2, 3, 4, 1] in read, "BOS and the last eight letters, of which the last is only asked for"
+    assert found["long"]["gold_bpb"] == pytest.approx((2 * z - 4 - 2) / 2 / math.log(2))
+    assert found["longer"]["gold_bpb"] == pytest.approx((8 * z - 7 * 4 - 2) / 8 / math.log(2)), "of a choice alone what fits"
+
+
 def test_a_random_model_is_at_chance():
     result = probes.score_probes(tiny_gpt(sequence_len=256), TOKENIZER, TOKEN_BYTES, probes.items(60), rows=16)
     mean = np.mean([kind["accuracy"] for kind in result.values()])

@@ -98,6 +98,14 @@ def test_bad_documents_are_counted_and_named(tmp_path):
     assert "6 without text (column.parquet:1, empty.txt:1, rows.jsonl:2, ...)" in sources.said(skipped) and sources.said({}) == "none"
 
 
+def test_a_document_beyond_the_largest_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST", 20)
+    for n in (20, 21):
+        (tmp_path / f"{n}.txt").write_text("x" * n)
+    skipped = {}
+    assert [len(d.text) for d in sources.read(f"files:{tmp_path}", skipped)] == [20] and skipped == {"longer than 20 characters": ["21.txt:1"]}
+
+
 def test_other_files_are_refused_with_advice(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.docx").write_bytes(b"PK")

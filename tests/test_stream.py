@@ -124,6 +124,25 @@ def test_a_visit_to_each_subdomain_comes_before_the_second_to_any(folder):
     assert [s.places(step)[0] for step in (0, 3)] == [("large", 0), ("large", ROWS * T)], "the second visit goes on where the first ended"
 
 
+def test_the_order_of_subdomains_is_by_name_by_size_or_as_they_come(folder):
+    table(folder / "train.parquet", [("y" * 90, "b"), ("x" * 80, "c"), ("x" * 100, "c"), ("z" * 99, "a")])
+    assert [make(folder, order=order).subdomains for order in ("name", "size", "given")] == [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]]
+
+
+def test_a_visit_is_whole_batches_with_replay_or_without(folder, general):
+    visited = lambda **kwargs: [{*s.batch(step).subdomains} - {"general"} for s in [make(folder, order="size", **kwargs)] for step in range(4)]
+    large, middle, small = {"large"}, {"middle"}, {"small"}
+    assert visited(replay=0.25) == visited(replay=0.25, visit_tokens=100) == [large, large, middle, middle], "three rows a batch are the domain's"
+    assert visited(visit_tokens=10) == visited(visit_tokens=90) == [large, middle, small, large], "at least one batch, and 1.4 are one"
+
+
+def test_a_stream_of_any_length_knows_how_much_it_holds(folder, monkeypatch):
+    monkeypatch.setattr(stream, "token_files", lambda *_: {"a": np.broadcast_to(np.uint16(1), 10**13)})
+    assert make(folder, max_tokens=10**13 // (ROWS * T) * ROWS * T).total_tokens == 10**13
+    with pytest.raises(UserError, match="holds 10,000,000,000,000 tokens"):
+        make(folder, max_tokens=10**13 + 1)
+
+
 def test_a_long_document_runs_through_consecutive_rows(folder):
     table(folder / "train.parquet", [("x" + "".join(chr(97 + i % 26) for i in range(500)), "only")])
     s = make(folder, "sequential")
