@@ -26,8 +26,8 @@ CAP = {"train": 1.0, "val": 0.2, "test": 0.2}  # shares of the limit: a large pa
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = corpus.parser("domain", "Make the documents of Phase B")
-    flags.add_argument("--domain", help=f"a recipe of {RECIPES.name}/, {OTHERS} (default: the profile's)")
+    flags = corpus.parser("domain", "Make the documents of Phase B: $NANOCHAT_BASE_DIR/corpora/<domain>/{train,val,test}.parquet")
+    flags.add_argument("--domain", help=f"{', '.join(shipped())}, {OTHERS} (default: the profile's)")
     flags.add_argument("--order", choices=["seed", "name", "size", "given"], help="of the sub-domains (default: the recipe's, else seed)")
     flags.add_argument("--subdomain-mb", type=float, help="most text of a sub-domain (default: 8 of them last for Phase B)")
     args = flags.parse_args(argv)
@@ -35,6 +35,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # At least 1.5 MB, so that a sub-domain's 5 % are still some documents
     args.subdomain_mb = args.subdomain_mb or max(1.5, PROFILES[args.profile].max_tokens * corpus.BYTES_PER_TOKEN / 8 / 1e6)
     return args
+
+
+def shipped() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(RECIPES.glob("*.json"))}
 
 
 def name_of(domain: str) -> str:
@@ -101,10 +105,9 @@ def recipe_of(domain: str) -> dict:
     """The recipe of that name or path, or the one of a single source."""
     if ":" in domain:
         return {"sources": [{"source": domain}]}
-    shipped = {path.stem: path for path in RECIPES.glob("*.json")}
-    path = shipped.get(domain, Path(domain))
+    path = shipped().get(domain, Path(domain))
     if not path.is_file():
-        raise UserError(f"no domain {domain!r}: expected {', '.join(sorted(shipped))}, {OTHERS}")
+        raise UserError(f"no domain {domain!r}: expected {', '.join(shipped())}, {OTHERS}")
     return files.read_json(path)
 
 

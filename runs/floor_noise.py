@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_cl import files, machine, patching, probes
+from nanochat_cl.command import UserError, run
 
 RESULT = Path(__file__).resolve().parent / "results" / "floor_noise.md"
 
@@ -31,10 +32,13 @@ def measure(args: argparse.Namespace) -> np.ndarray:
     from nanochat import checkpoint_manager, common
     from nanochat.tokenizer import get_token_bytes
     *_, device = common.compute_init(args.device_type or common.autodetect_device_type())
-    result = []
-    for tag in args.tags:
-        place = Path(common.get_base_dir()) / "base_checkpoints" / tag
-        model, tokenizer, _ = checkpoint_manager.build_model(str(place), checkpoint_manager.find_last_step(str(place)), device, "eval")
+    result, folder = [], Path(common.get_base_dir()) / "base_checkpoints"
+    if missing := [tag for tag in args.tags if not any((folder / tag).glob("model_*.pt"))]:
+        found = ", ".join(sorted({path.parent.name for path in folder.glob("*/model_*.pt")})) or "none"
+        raise UserError(f"no checkpoint {missing[0]} in {folder}, where there are: {found}; set NANOCHAT_BASE_DIR, or run nanochat_cl.pretrain")
+    print(f"floor | {args.items} items of each kind, seeds {args.seeds}, for {', '.join(args.tags)} of {folder} -> {args.out}", flush=True)
+    for place in (str(folder / tag) for tag in args.tags):
+        model, tokenizer, _ = checkpoint_manager.build_model(place, checkpoint_manager.find_last_step(place), device, "eval")
         scored = [probes.score_probes(model, tokenizer, get_token_bytes(), probes.items(args.items, seed), 64) for seed in args.seeds]
         result.append([[np.reshape(found[kind]["items"], (-1, 2, 2)).mean(1) for kind in probes.KINDS] for found in scored])
     return np.array(result)
@@ -79,4 +83,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -185,6 +185,13 @@ def test_the_shipped_recipes_say_what_is_needed(path):
         assert source["source"] == "embedded" and len(source["packages"]) >= source["most"] or source["source"].startswith("hf:")
 
 
+def test_the_help_names_the_recipes_and_where_the_documents_go(capsys):
+    with pytest.raises(SystemExit):
+        domain.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "code, medical, python, the path of a recipe" in said and "$NANOCHAT_BASE_DIR/corpora/<domain>/" in said
+
+
 def test_a_domain_is_named_after_its_folder_or_dataset():
     names = {"python": "python", "files:/data/company": "company", "files:/data/med/*.parquet": "med", "files:/data/a b/**/*.txt": "a-b",
              "hf:owner/set:config:column": "set", "hf:owner/set": "set"}

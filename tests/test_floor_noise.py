@@ -3,8 +3,10 @@ import importlib.util
 import math
 
 import numpy as np
+import pytest
 
 from nanochat_cl import probes
+from nanochat_cl.command import UserError
 from nanochat_cl.upstream import REPO
 
 spec = importlib.util.spec_from_file_location("floor_noise", REPO / "runs" / "floor_noise.py")
@@ -30,6 +32,14 @@ def test_means_noise_and_smallest_difference_are_those_computed_by_hand():
     assert found["order"] == ["0.000 (0.000), 50.0% 50.0%; 100.0% 50.0% 0.0%"] * 2 + ["0.000, 0.0%", "+0.000, +0.0%", "0.000, 0.0%"]
     kinds = len(probes.KINDS)
     assert found["mean of all"][3:] == [f"{2 / kinds:+.3f}, +0.0%", f"{1.96 * se(1, 2, 3, 1, 4, 1) / kinds:.3f}, 0.0%"]
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    (tmp_path / "base_checkpoints" / "d4_dense_s42").mkdir(parents=True)
+    (tmp_path / "base_checkpoints" / "d4_dense_s42" / "model_000001.pt").touch()
+    with pytest.raises(UserError, match="no checkpoint d4_cl_s42 in .*base_checkpoints, where there are: d4_dense_s42; set NANOCHAT_BASE_DIR"):
+        floor_noise.main(["d4_dense_s42", "d4_cl_s42", "--out", str(tmp_path / "out.md"), "--device-type", "cpu"])
 
 
 def test_one_model_has_no_difference():

@@ -60,7 +60,7 @@ def test_every_token_is_a_target_exactly_once_an_epoch_and_rows_begin_with_bos(f
     for step in range(s.total_tokens // T):  # ROWS epochs in whole batches
         batch = s.batch(step)
         assert batch.inputs.shape == batch.targets.shape == (ROWS, T) and batch.inputs.dtype == batch.targets.dtype == torch.int64
-        for inputs, targets, name, (same, offset) in zip(batch.inputs, batch.targets, batch.subdomains, batch.rows):
+        for inputs, targets, name, (same, offset) in zip(batch.inputs, batch.targets, batch.subdomains, s.places(step)):
             assert name == same and targets.tolist() == expected[name][offset:offset + T]
             assert inputs[0] == 0 and inputs[1:].tolist() == targets[:-1].tolist()
             seen[name][offset:offset + T] += 1
@@ -93,8 +93,8 @@ def test_replay_is_the_asked_share_of_general_training_text_and_leaves_the_domai
     s, plain = make(folder, "sequential", replay=0.15), make(folder, "sequential")
     names = [name for step in range(20) for name in s.batch(step).subdomains]
     assert abs(names.count("general") - 0.15 * len(names)) < 1
-    domain = [row for step in range(20) for row in s.batch(step).rows if row[0] != "general"]
-    assert domain == [row for step in range(20) for row in plain.batch(step).rows][:len(domain)]
+    domain = [row for step in range(20) for row in s.places(step) if row[0] != "general"]
+    assert domain == [row for step in range(20) for row in plain.places(step)][:len(domain)]
     replayed = [t for step in range(40) for t, name in zip(s.batch(step).targets.tolist(), s.batch(step).subdomains) if name == "general"]
     text = {chr(c) for row in replayed for c in row if c}
     assert text == {"A", "B"}, f"the last shard is held out: {text}"
