@@ -2,15 +2,18 @@
 The domain of Phase B: documents with a sub-domain each, cut into train, val and test, free of overlap with what is held out anywhere.
 
 A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given: as the
-sources come, such as in time), "sources": [{"source", and how a row names its sub-domain: "value", or "column" with an optional "pattern"
-(its first group is the name) and "values" (read no further when all are full); "key", a column that pieces of one work have in common}]};
+sources come, hence in time where they are written down so), "sources": [{"source", and how a row names its sub-domain: "value", or "column"
+with an optional "pattern" (its first group is the name) and "values" (read no further when all are full); "key", a column that pieces of
+one work have in common}], "questions": [path or glob, from the recipe's folder, of jsonl files as exam.read takes them]};
 or the path of such a file; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
 
 python -m nanochat_cl.domain --profile cpu
 python -m nanochat_cl.domain --profile gpu1 --domain 'files:/data/company'   # sub-domain = top folder
 """
 import argparse
+import glob
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -48,10 +51,10 @@ def name_of(domain: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
 
 
-def items(base: Path) -> tuple[list[str], int]:
-    """The evaluation items under `base` with their right answers; how many are left out, of under 13 words: too common to be compared."""
+def items(base: Path, questions: list[Path]) -> tuple[list[str], int]:
+    """The items of `questions` and under `base`, with their right answers; how many are left out: under 13 words, too common to compare."""
     from nanochat_cl import exam
-    read = [item for path in sorted(base.glob("eval/*/*.jsonl")) for item in exam.read(path, 10**9)]
+    read = [item for path in [*sorted(base.glob("eval/*/*.jsonl")), *questions] for item in exam.read(path, 10**9)]
     read += [item for group in exam.CORE for item in exam.core(base / "eval_bundle", group, 10**9)]
     texts = [(i.context if isinstance(i.context, str) else i.context[i.gold]) + i.choices[i.gold] for i in read]
     compared = [text for text in texts if len(re.findall(r"\w+", text)) >= NGRAM]
@@ -83,8 +86,12 @@ def build(args: argparse.Namespace) -> None:
         raise UserError("a domain cannot be called general: that is the corpus of Phase A; rename its folder")
     recipe = recipe_of(args.domain)
     asked = {"domain": args.domain, "recipe": recipe, "order": args.order or recipe.get("order", "seed"), "subdomain_mb": args.subdomain_mb}
-    evaluation, short = items(folder.parent.parent)
-    compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join(evaluation))}
+    found = (path for pattern in recipe.get("questions", []) for path in sorted(glob.glob(pattern)) or [pattern])
+    questions = list(dict.fromkeys(map(Path, found)))
+    if bad := [path for path in questions if not path.is_file() or [q.name for q in questions].count(path.name) > 1]:
+        raise UserError(f"{args.domain} names questions at {bad[0]}: expected a jsonl file there, and no other one of that name")
+    evaluation, short = items(folder.parent.parent, questions)
+    compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join([*evaluation, *map(Path.read_text, questions)]))}
     general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
     if made and (made["items"], made["general_files"]) == (compared, general["files"]):
         verify(folder, made["files"])
@@ -92,12 +99,15 @@ def build(args: argparse.Namespace) -> None:
         return
     print(f"domain | {args.domain} -> {folder}", flush=True)
     made = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
+    shutil.rmtree(folder / "questions", ignore_errors=True)
+    for path in questions:
+        files.write_text(folder / "questions" / path.name, path.read_text())
     held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]
     made |= corpus.prune(Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
     files.write_json(folder / "corpus.json", made)
     print(table(made["subdomains"]))
-    print(f"domain | {len(evaluation):,} evaluation items compared, {short:,} too short for it; dropped here {made['dropped']}, from the general "
-          f"corpus {made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
+    print(f"domain | {len(evaluation):,} evaluation items compared, {short:,} too short for it; dropped here {made['dropped']}, "
+          f"from the general corpus {made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
           f"skipped: {made['skipped']}; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
 
 
@@ -108,7 +118,8 @@ def recipe_of(domain: str) -> dict:
     path = shipped().get(domain, Path(domain))
     if not path.is_file():
         raise UserError(f"no domain {domain!r}: expected {', '.join(shipped())}, {OTHERS}")
-    return files.read_json(path)
+    recipe = files.read_json(path)
+    return recipe | {"questions": [str(path.resolve().parent / name) for name in recipe["questions"]]} if "questions" in recipe else recipe
 
 
 def _write(args: argparse.Namespace, recipe: dict, folder: Path, evaluation: list[str]) -> dict:

@@ -16,7 +16,7 @@ RESAMPLES = 2000  # of `units`, for the interval of selectivity
 
 
 def after_visits(R: np.ndarray, b: np.ndarray, a: np.ndarray | None = None) -> dict[str, float]:
-    """Metrics of the visit matrix, T >= 2, or of T + 1 rows: the last is the end of a run that went on; `intransigence` needs a reference."""
+    """Metrics of the visit matrix, T >= 2, with one more row where the run went on: its end; `intransigence` needs a reference."""
     learned = np.diag(R)
     values = {
         "acc": R[-1].mean(),                                # Lopez-Paz & Ranzato 2017
@@ -52,7 +52,7 @@ def reached(m: np.ndarray, target: float) -> float:
 
 
 def units(row: dict, group: str, kind: str) -> np.ndarray:
-    """(n, 2): bits per byte of the right choice, and whether it was the likeliest, of every item; twins, which share their words, are one."""
+    """(n, 2): bits per byte of the right choice, and whether it was the likeliest, by item; twins, which share their words, are one."""
     items = np.array(row[group][kind]["items"], float)
     return items.reshape(-1, 2, 2).mean(1) if kind in probes.KINDS else items
 
@@ -158,7 +158,8 @@ def continual(rows: list[dict], split: str) -> dict[str, float]:
     left = next((t for t in range(begun[-1] + 1, len(rows)) if rows[t].get("subdomain") != order[-1]), len(rows))
     ends = [max(begin, after - 1) for begin, after in zip(begun, [*begun[1:], left])]
     depth, width = stability_gap(np.array([r["tokens"] for r in rows]), A.mean(1))
-    return {**after_visits(A[ends + [len(rows) - 1] * (left < len(rows))], A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
+    R = A[ends + [len(rows) - 1] * (left < len(rows))]
+    return {**after_visits(R, A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
 
 
 def light_share(records: list[dict]) -> float:

@@ -104,8 +104,8 @@ def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
 
 def paired_probes(c: curves.Curves, shown: list[int]) -> list[list[str]]:
     """
-    Rows of differences in bpb of the right answer, and in accuracy, for every floor probe: means over seeds, paired by item (a pair of twins
-    is one), with Student's 95 % interval over items. Below 0 the bpb is better. Another seed may differ by more.
+    Rows of differences in bpb of the right answer, and in accuracy, for every floor probe: means over seeds, paired by item (two twins are
+    one), with Student's 95 % interval over items. Below 0 the bpb is better. Another seed may differ by more.
     """
     def cell(kind: str, a: tuple[int, int], b: tuple[int, int]) -> str:
         """Run and milestone `a` minus `b`."""
@@ -164,6 +164,8 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     mine = [next((config for config in configs if config["run"] == run_of(c, i)), {}) for i in shown]
     differs = differences(*(config.get("arms", {}).get(c.runs[i][0], {}) for config, i in zip(mine, shown))) if v else []
     rest = [[k, json.dumps(x)] for k, x in mine[0].items() if k not in ("arms", "argv")]
+    less = [f"{c.names[shown[-1]]} {figures.MINUS} {c.names[shown[0]]}, end"] * bool(v)
+    less += [f"{c.names[i]}, end {figures.MINUS} start" for i in shown]
     body = [
         *(verdict(v, runs) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
         section("The curves", "<div class=axis>",
@@ -173,8 +175,8 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
         section("Floor, facts and recall", figure(figures.floor, c, shown),
                 table(["bpb of the right answer, centred accuracy", "chance",
                        *(f"{c.names[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT,
-                table(["floor, paired by item: bpb, accuracy [95 %]", *[f"{c.names[shown[-1]]} {figures.MINUS} {c.names[shown[0]]}, end"] * bool(v),
-                       *(f"{c.names[i]}, end {figures.MINUS} start" for i in shown)], paired_probes(c, shown)) if probes else ""),
+                *([table(["floor, paired by item: bpb, accuracy [95 %]", *less], paired),
+                   f"<p class=soft>{' '.join(paired_probes.__doc__.split())}</p>"] if (paired := paired_probes(c, shown)) else [])),
         section("Learning against forgetting", figure(figures.recipes, c, shown),
                 table(["bpb lost at equal domain score", "M tokens", "general text", "facts", "floor probes", "facts / floor [95 %]"],
                       at_equal_score(c, shown)), f"<p class=soft>{' '.join(at_equal_score.__doc__.split())}</p>"),

@@ -179,7 +179,7 @@ def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(b
 @pytest.mark.parametrize("path", sorted(domain.RECIPES.glob("*.json")), ids=lambda p: p.stem)
 def test_the_shipped_recipes_say_what_is_needed(path):
     recipe = files.read_json(path)
-    assert recipe["description"] and recipe["order"] in ("seed", "name", "size", "given")
+    assert set(recipe) <= {"description", "order", "sources", "questions"} and recipe["description"] and recipe["order"] in ("seed", "name", "size", "given")
     for source in recipe["sources"]:
         assert set(source) <= {"source", "value", "values", "column", "pattern", "key", "data_files", "packages", "most"}
         assert source["source"] == "embedded" and len(source["packages"]) >= source["most"] or source["source"].startswith("hf:")
@@ -256,6 +256,34 @@ def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(
     (base / "eval" / "facts" / "q.jsonl").write_text('{"question": "a"}\n{"choices": 3, "answer": 0}')
     with pytest.raises(UserError, match="q.jsonl: expected lines with good and bad"):
         run(f"files:{tmp_path / 'company'}")
+
+
+def test_the_questions_of_a_recipe_lie_beside_the_domain_and_reach_no_training_text(base, tmp_path):
+    import random
+    r = random.Random(11)
+    text_folder(tmp_path / "company", tmp_path / "web")
+    asked = [{"question": f"itemword {sentences(r, 20)}", "choices": ["no", "yes"], "answer": 1} for _ in range(6)]
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "board.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    for i, item in enumerate(asked):
+        (tmp_path / "company" / "law" / f"item{i}.txt").write_text(f"{KEPT} {sentences(r, 60)} {item['question']} yes")
+    make = lambda *questions: files.write_json(tmp_path / "firm.json", {"sources": [{"source": f"files:{tmp_path / 'company'}"}],
+                                                                        "questions": questions})
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "board.jsonl").write_text(json.dumps(asked[0]))
+    for wrong in (("none/*.jsonl",), ("ours/*.jsonl", "theirs/*.jsonl")):
+        make(*wrong)
+        with pytest.raises(UserError, match="firm.json names questions at .*: expected a jsonl file there, and no other one of that name"):
+            run(str(tmp_path / "firm.json"))
+    make("ours/*.jsonl", "./ours/board.jsonl")
+    run(str(tmp_path / "firm.json"))
+    folder = base / "corpora" / "firm"
+    assert "itemword" not in streamed_text(folder) and files.read_json(folder / "corpus.json")["items"]["number"] == 6
+    assert (folder / "questions" / "board.jsonl").read_text() == (tmp_path / "ours" / "board.jsonl").read_text()
+    (tmp_path / "ours" / "board.jsonl").write_text(json.dumps({**asked[0], "choices": ["never", "yes"]}))
+    run(str(tmp_path / "firm.json"))
+    assert "never" in (folder / "questions" / "board.jsonl").read_text(), "what is asked has changed"
 
 
 def test_a_recipe_may_be_any_file_and_pieces_of_one_work_are_held_out_together(base, tmp_path):

@@ -119,6 +119,7 @@ def test_files_in_the_folders_of_the_base_directory_are_asked_beside_all_the_res
     toy_phase_a.make(tmp_path, names=("cl",))
     write(tmp_path / "eval/facts/capitals.jsonl", *({"context": f"city {i}", "choices": ["a", "b", "c"], "answer": i % 3} for i in range(9)))
     write(tmp_path / "eval/floor/pairs.jsonl", {"good": "It is.", "bad": "It are."})
+    write(tmp_path / "corpora/toy/questions/own.jsonl", {"context": "The sun is", "choices": ["hot", "cold"], "answer": 0})
     write(tmp_path / "eval_bundle/eval_data/j.jsonl", {"context": "CITIES: It has a tower", "continuation": "Paris"})
     (tmp_path / "eval_bundle/core.yaml").write_text("icl_tasks:\n- {label: jeopardy, dataset_uri: j.jsonl}\n")
     for name in ("shard_0", "shard_1"):
@@ -129,7 +130,7 @@ def test_files_in_the_folders_of_the_base_directory_are_asked_beside_all_the_res
         before, paused = [layer.mlp.usage.clone() for layer in model.transformer.h], []
         scores = asked.scores(model, lambda: paused.append(1))
         light = asked.scores(model, lambda: None, full=False)
-    assert {key: list(scores[key]) for key in ("facts", "questions")} == {"facts": ["capitals", "cloze", "j"], "questions": []}
+    assert {key: list(scores[key]) for key in ("facts", "questions")} == {"facts": ["capitals", "cloze", "j"], "questions": ["own"]}
     assert scores["facts"]["capitals"]["chance"] == pytest.approx(1 / 3) and len(scores["facts"]["capitals"]["items"]) == 4
     assert [len(panels[split].sequences) for panels in (asked.domain, asked.general) for split in ("val", "test")] == [3, 6, 6, 6]
     assert {"pairs", "negation"} <= set(scores["floor"]) and 0 <= scores["plasticity"]["dormant_0.025"] <= 1
