@@ -17,7 +17,7 @@ from nanochat_cl import files, pretrain, sources
 from nanochat_cl.command import UserError, run
 from nanochat_cl.holdout import HELD_OUT, NEAR, Overlap, digest, split_of
 from nanochat_cl.profiles import PROFILES
-from nanochat_cl.sources import Document, checksums, read_parquet, said, write_parquet
+from nanochat_cl.sources import Document, checksums, read_parquet, said, verify, write_parquet
 
 BYTES_PER_TOKEN = 4.2       # English at a vocabulary of 32K (est.): turns --tokens into bytes
 CROPPED = 0.4               # of the text is thrown away by nanochat's packing (35 % at 2,048 tokens, rounded up)
@@ -57,6 +57,7 @@ def build(args: argparse.Namespace) -> None:
     data_dir, general = Path(DATA_DIR), Path(get_base_dir()) / "corpora" / "general"
     asked = {"source": args.source, "tokens": args.tokens, "docs_per_shard": args.docs_per_shard}
     if found := manifest(data_dir, asked):
+        verify(data_dir, found["files"])
         print(f"corpus | complete: {found['documents']['train']:,} training documents in {data_dir}")
         return
     state = manifest(data_dir, asked, partial := "corpus.partial.json")  # of a build that died; it tells our shards from others'
@@ -120,13 +121,14 @@ def fingerprint(manifest: dict, key: str = "files") -> str | None:
 
 
 def held_out(documents: Iterable[Document], limit: float, skipped: dict, workers: int) -> dict[str, list[Document]]:
-    """The held-out documents at the beginning of a corpus, of each class `limit` characters; no test document is near to a val document."""
-    found, size = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0)
+    """The held-out documents at the beginning of a corpus, `limit` bytes a class: no copies, no test document near to a val document."""
+    found, size, seen = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0), set()
     for d in documents:
         split = split_of(d.key)
-        if split != "train" and size[split] < limit:
+        if split != "train" and size[split] < limit and (name := digest(d.text)) not in seen:
+            seen.add(name)
             found[split].append(d)
-            size[split] += len(d.text)
+            size[split] += len(d.text.encode())
             if min(size.values()) >= limit:
                 break
     val = Overlap({"val": [d.text for d in found["val"]]}, workers)
@@ -156,13 +158,14 @@ def prune(overlap: Overlap) -> dict[str, dict]:
     """
     from nanochat.dataset import DATA_DIR
     data_dir, pruned, left = Path(DATA_DIR), dict.fromkeys(overlap.groups, 0), 0
+    state = files.read_json(data_dir / "corpus.json")
+    files.write_json(data_dir / "corpus.json", {**state, "files": {}})  # whoever stops here has no wrong checksums, and begins again
     for path in sorted(data_dir.glob("*.parquet"))[:-1]:
         shard = read_parquet(path)
         kept = [d for d, _ in screened(shard, overlap, set(), pruned)]
         if len(kept) < len(shard):
             write_parquet(path, kept)
         left += len(kept)
-    state = files.read_json(data_dir / "corpus.json")
     state["documents"]["train"], state["files"] = left, checksums(data_dir)
     state["dropped"] |= {group: state["dropped"].get(group, 0) + count for group, count in pruned.items()}
     files.write_json(data_dir / "corpus.json", state)

@@ -2,15 +2,18 @@
 The domain of Phase B: documents with a sub-domain each, cut into train, val and test, free of overlap with what is held out anywhere.
 
 A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given: as the
-sources come, such as in time), "sources": [{"source", and how a row names its sub-domain: "value", or "column" with an optional "pattern"
-(its first group is the name) and "values" (read no further when all are full); "key", a column that pieces of one work have in common}]};
+sources come, hence in time where they are written down so), "sources": [{"source", and how a row names its sub-domain: "value", or "column"
+with an optional "pattern" (its first group is the name) and "values" (read no further when all are full); "key", a column that pieces of
+one work have in common}], "questions": [path or glob, from the recipe's folder, of jsonl files as exam.read takes them]};
 or the path of such a file; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
 
 python -m nanochat_cl.domain --profile cpu
 python -m nanochat_cl.domain --profile gpu1 --domain 'files:/data/company'   # sub-domain = top folder
 """
 import argparse
+import glob
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from nanochat_cl import corpus, files, sources
 from nanochat_cl.command import UserError, run
 from nanochat_cl.holdout import HELD_OUT, NEAR, NGRAM, Overlap, digest, split_of
 from nanochat_cl.profiles import PROFILES
-from nanochat_cl.sources import Document, checksums, read_parquet, said, write_parquet
+from nanochat_cl.sources import Document, checksums, read_parquet, said, verify, write_parquet
 
 RECIPES = Path(__file__).parent / "domains"
 OTHERS = "the path of a recipe, files:<folder or glob> or hf:<dataset>[:config][:column]"
@@ -26,8 +29,8 @@ CAP = {"train": 1.0, "val": 0.2, "test": 0.2}  # shares of the limit: a large pa
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = corpus.parser("domain", "Make the documents of Phase B")
-    flags.add_argument("--domain", help=f"a recipe of {RECIPES.name}/, {OTHERS} (default: the profile's)")
+    flags = corpus.parser("domain", "Make the documents of Phase B: $NANOCHAT_BASE_DIR/corpora/<domain>/{train,val,test}.parquet")
+    flags.add_argument("--domain", help=f"{', '.join(shipped())}, {OTHERS} (default: the profile's)")
     flags.add_argument("--order", choices=["seed", "name", "size", "given"], help="of the sub-domains (default: the recipe's, else seed)")
     flags.add_argument("--subdomain-mb", type=float, help="most text of a sub-domain (default: 8 of them last for Phase B)")
     args = flags.parse_args(argv)
@@ -37,6 +40,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def shipped() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(RECIPES.glob("*.json"))}
+
+
 def name_of(domain: str) -> str:
     """The folder of a domain in <base>/corpora: its own name, or the last part of the folder or dataset it is read from."""
     kind, _, rest = domain.partition(":")
@@ -44,16 +51,18 @@ def name_of(domain: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
 
 
-def items(folder: Path) -> list[str]:
-    """The evaluation items of `folder`/*/*.jsonl with their right answers; what has fewer than 13 words is too common to be compared."""
+def items(base: Path, questions: list[Path]) -> tuple[list[str], int]:
+    """The items of `questions` and under `base`, with their right answers; how many are left out: under 13 words, too common to compare."""
     from nanochat_cl import exam
-    read = [item for path in sorted(folder.glob("*/*.jsonl")) for item in exam.read(path, 10**9)]
+    read = [item for path in [*sorted(base.glob("eval/*/*.jsonl")), *questions] for item in exam.read(path, 10**9)]
+    read += [item for group in exam.CORE for item in exam.core(base / "eval_bundle", group, 10**9)]
     texts = [(i.context if isinstance(i.context, str) else i.context[i.gold]) + i.choices[i.gold] for i in read]
-    return [text for text in texts if len(text.split()) >= NGRAM]
+    compared = [text for text in texts if len(re.findall(r"\w+", text)) >= NGRAM]
+    return compared, len(texts) - len(compared)
 
 
 def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) -> list[Document]:
-    """The documents of one source, each sub-domain up to the limit."""
+    """The documents of one source, each sub-domain up to `limit` bytes of each class, times CAP."""
     if source["source"] == "embedded":
         installed = [name for name in source["packages"] if (args.packages / name).is_dir()][:source["most"]]
         documents = sources.extract(sources.code, sources.modules(args.packages, installed), args.workers)
@@ -64,7 +73,7 @@ def gather(source: dict, limit: float, args: argparse.Namespace, skipped: dict) 
         split = split_of(d.key)
         if size[d.subdomain, split] < limit * CAP[split]:
             found.append(d)
-            size[d.subdomain, split] += len(d.text)
+            size[d.subdomain, split] += len(d.text.encode())
         elif all(size[name, "train"] >= limit for name in source.get("values", [source.get("value")])):
             break
     return found
@@ -77,20 +86,28 @@ def build(args: argparse.Namespace) -> None:
         raise UserError("a domain cannot be called general: that is the corpus of Phase A; rename its folder")
     recipe = recipe_of(args.domain)
     asked = {"domain": args.domain, "recipe": recipe, "order": args.order or recipe.get("order", "seed"), "subdomain_mb": args.subdomain_mb}
-    evaluation = items(folder.parent.parent / "eval")
-    compared = {"number": len(evaluation), "sha256": digest("\n".join(evaluation))}
+    found = (path for pattern in recipe.get("questions", []) for path in sorted(glob.glob(pattern)) or [pattern])
+    questions = list(dict.fromkeys(map(Path, found)))
+    if bad := [path for path in questions if not path.is_file() or [q.name for q in questions].count(path.name) > 1]:
+        raise UserError(f"{args.domain} names questions at {bad[0]}: expected a jsonl file there, and no other one of that name")
+    evaluation, short = items(folder.parent.parent, questions)
+    compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join([*evaluation, *map(Path.read_text, questions)]))}
     general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
     if made and (made["items"], made["general_files"]) == (compared, general["files"]):
+        verify(folder, made["files"])
         print(f"domain | complete: {made['documents']['train']:,} training documents in {folder}")
         return
     print(f"domain | {args.domain} -> {folder}", flush=True)
     made = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
+    shutil.rmtree(folder / "questions", ignore_errors=True)
+    for path in questions:
+        files.write_text(folder / "questions" / path.name, path.read_text())
     held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]
     made |= corpus.prune(Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
     files.write_json(folder / "corpus.json", made)
     print(table(made["subdomains"]))
-    print(f"domain | {len(evaluation):,} evaluation items compared; dropped here {made['dropped']}, from the general corpus "
-          f"{made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
+    print(f"domain | {len(evaluation):,} evaluation items compared, {short:,} too short for it; dropped here {made['dropped']}, "
+          f"from the general corpus {made['general_pruned']}; held-out documents near an item (kept): {made['held_out_near_evaluation']}; "
           f"skipped: {made['skipped']}; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
 
 
@@ -98,11 +115,11 @@ def recipe_of(domain: str) -> dict:
     """The recipe of that name or path, or the one of a single source."""
     if ":" in domain:
         return {"sources": [{"source": domain}]}
-    shipped = {path.stem: path for path in RECIPES.glob("*.json")}
-    path = shipped.get(domain, Path(domain))
+    path = shipped().get(domain, Path(domain))
     if not path.is_file():
-        raise UserError(f"no domain {domain!r}: expected {', '.join(sorted(shipped))}, {OTHERS}")
-    return files.read_json(path)
+        raise UserError(f"no domain {domain!r}: expected {', '.join(shipped())}, {OTHERS}")
+    recipe = files.read_json(path)
+    return recipe | {"questions": [str(path.resolve().parent / name) for name in recipe["questions"]]} if "questions" in recipe else recipe
 
 
 def _write(args: argparse.Namespace, recipe: dict, folder: Path, evaluation: list[str]) -> dict:

@@ -2,8 +2,9 @@
 What every arm is asked at every milestone of Phase B: the same held-out documents, probes and prompts, planned once.
 
 Whoever has choice tests puts them into <base>/eval/{floor,facts,questions}/*.jsonl (formats: `read`) before the run: what should not be
-lost, what may be, and questions about the domain. Each file is a probe of its own, in the record under the folder's name. CORE's tasks join
-them when nanochat's eval_bundle is in the base directory, and cloze questions from the general training text are facts in any case.
+lost, what may be, and questions about the domain; a domain's recipe can name more of the last. Each file is a probe of its own, in the
+record under the folder's name. CORE's tasks join them when nanochat's eval_bundle is in the base directory, and cloze questions from the
+general training text are facts in any case.
 
     tier    at milestones               asked
     light   all                         domain and general text, the procedural floor; evolve adds recall and the use of blocks
@@ -122,7 +123,7 @@ class Exam:
         self.subdomains = sorted(set(self.domain["val"].subdomains))
         base, self.light, self.full = domain_dir.parent.parent, probes.items(probe_items), {}
         for group in ("floor", "facts", "questions"):
-            own = sorted((base / "eval" / group).glob("*.jsonl"))
+            own = sorted((base / "eval" / group).glob("*.jsonl")) + sorted(domain_dir.glob(f"{group}/*.jsonl"))  # the recipe's questions
             self.full[group] = core(base / "eval_bundle", group, probe_items) + [item for path in own for item in read(path, probe_items)]
         self.full["facts"] += cloze(training_texts(base), probe_items)
         self.constant_share = {"domain": evaluate.constant_share(self.domain["test"]), "general": evaluate.constant_share(self.general["test"])}

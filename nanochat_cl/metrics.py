@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-RESAMPLES = 2000  # of items, for the interval of selectivity
+from nanochat_cl import probes
+
+RESAMPLES = 2000  # of `units`, for the interval of selectivity
 
 
 def after_visits(R: np.ndarray, b: np.ndarray, a: np.ndarray | None = None) -> dict[str, float]:
-    """Metrics of the visit matrix, T >= 2; `intransigence` needs a reference."""
+    """Metrics of the visit matrix, T >= 2, with one more row where the run went on: its end; `intransigence` needs a reference."""
     learned = np.diag(R)
     values = {
         "acc": R[-1].mean(),                                # Lopez-Paz & Ranzato 2017
@@ -49,16 +51,22 @@ def reached(m: np.ndarray, target: float) -> float:
     return math.nan if m[k] < target else k and float(k - (m[k] - target) / (m[k] - m[k - 1]))
 
 
+def units(row: dict, group: str, kind: str) -> np.ndarray:
+    """(n, 2): bits per byte of the right choice, and whether it was the likeliest, by item; twins, which share their words, are one."""
+    items = np.array(row[group][kind]["items"], float)
+    return items.reshape(-1, 2, 2).mean(1) if kind in probes.KINDS else items
+
+
 def lost(rows: list[dict], at: float, group: str) -> np.ndarray:
-    """Bits per byte of the right choice that items of facts or floor have lost from rows[0] to rows[at], interpolated as in `reached`."""
-    items = lambda r: np.array([bpb for kind in sorted(rows[0][group]) for bpb, _ in r[group][kind]["items"]])
-    a, b = items(rows[int(at)]), items(rows[math.ceil(at)])
-    return a + (at - int(at)) * (b - a) - items(rows[0])
+    """Bits per byte of the right choice that `units` of facts or floor have lost from rows[0] to rows[at], interpolated as in `reached`."""
+    each = lambda r: np.concatenate([units(r, group, kind)[:, 0] for kind in sorted(rows[0][group])])
+    a, b = each(rows[int(at)]), each(rows[math.ceil(at)])
+    return a + (at - int(at)) * (b - a) - each(rows[0])
 
 
 def selectivity(facts: np.ndarray, floor: np.ndarray) -> tuple[float, float, float]:
     """
-    Facts lost / floor lost, of what each item lost, and its 95 % bootstrap interval over items. 0 if no facts were lost; infinite if
+    Facts lost / floor lost, of what each unit lost, and its 95 % bootstrap interval over units. 0 if no facts were lost; infinite if
     facts were and the floor was not.
     """
     r = np.random.default_rng(0)
@@ -139,16 +147,19 @@ def plasticity(model: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
 def continual(rows: list[dict], split: str) -> dict[str, float]:
     """
     Every metric of one run, from its records by milestone; empty before two sub-domains were seen. A first visit ends at the last
-    milestone before the next new sub-domain shows up in `seen`; where several begin between two milestones they share one.
+    milestone before the next new sub-domain shows up in `seen`; where several begin between two milestones they share one. The last one's
+    ends where the stream leaves it. What is left of all is seen at the end of the run.
     """
     order = list(dict.fromkeys(s for r in rows for s in r["seen"]))
     if len(order) < 2:
         return {}
     A = np.array([[-r["domain"][split]["subdomains"][s]["bpb"] for s in order] for r in rows])
     begun = [next(t for t, r in enumerate(rows) if s in r["seen"]) for s in order]
-    ends = [max(begin, after - 1) for begin, after in zip(begun, [*begun[1:], len(rows)])]
+    left = next((t for t in range(begun[-1] + 1, len(rows)) if rows[t].get("subdomain") != order[-1]), len(rows))
+    ends = [max(begin, after - 1) for begin, after in zip(begun, [*begun[1:], left])]
     depth, width = stability_gap(np.array([r["tokens"] for r in rows]), A.mean(1))
-    return {**after_visits(A[ends], A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
+    R = A[ends + [len(rows) - 1] * (left < len(rows))]
+    return {**after_visits(R, A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
 
 
 def light_share(records: list[dict]) -> float:

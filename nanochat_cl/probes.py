@@ -30,6 +30,7 @@ class Item:
     choices: tuple[str, ...]
     gold: int
     per_byte: bool = False  # compare log-probability per byte (choices of free length), not in total
+    level: int | None = None
 
 
 def nonce(r: random.Random, n: int) -> list[str]:
@@ -103,14 +104,20 @@ def negation(r: random.Random, level: int, flip: bool) -> Made:
     return f"The box is {' or '.join(r.sample([a, b], 2))}.{aside} The box is {'not ' * flip}{a}, so it is", (a, b)
 
 def copying(r: random.Random, level: int, flip: bool) -> Made:
-    words = nonce(r, (3, 4, 6)[level])
+    if level == 0:  # one word, again and again: the first that a small model learns
+        a, b = nonce(r, 2)
+        return f"Say {' '.join([(a, b)[flip]] * 6)}", (a, b)
+    words = nonce(r, 3 * level)
     at, later = r.randrange(1, len(words) - 1), r.randrange(2)  # of the two that the twins swap, the first or the second is asked for
     pair = words[at], words[at + 1]
     words[at:at + 2] = pair[::-1] if flip else pair
     return f"Say {' '.join(words)}. Again, say {' '.join(words[:at + later])}", pair[::-1] if later else pair
 
 def induction(r: random.Random, level: int, flip: bool) -> Made:
-    words, n = nonce(r, 2 * (level + 2)), level + 2
+    if level == 0:  # one pair, again and again
+        a, *others = nonce(r, 3)
+        return f"The pairs are {f'{a} {others[flip]}, ' * 6}{a}", tuple(others)
+    words, n = nonce(r, 4 * level), 2 * level
     pairs = [f"{a} {b}" for a, b in zip(words[:n], words[n:])]
     r.shuffle(pairs)
     return f"The pairs are {', '.join(pairs)}, {words[flip]}", (words[n], words[n + 1])
@@ -147,14 +154,15 @@ def items(per_kind: int, seed: int = 0) -> list[Item]:
             context, choices = make(random.Random(seed_for(seed, f"probe/{kind}/{i // 2}")), i // 2 % LEVELS, i % 2 == 1)
             missing = evaluate.FIRST_CHUNK - len(re.findall(r"\w+|[^\w\s]", context))  # a word or a mark is a token at least
             context = " ".join(LEAD_IN[-missing:] + [context]) if missing > 0 else context
-            made.append(Item(kind, context, tuple(f" {choice}" for choice in choices), i % 2))
+            made.append(Item(kind, context, tuple(f" {choice}" for choice in choices), i % 2, level=i // 2 % LEVELS))
     return made
 
 
 def score_probes(model: torch.nn.Module, tokenizer, token_bytes: torch.Tensor, items: list[Item], rows: int) -> dict[str, dict]:
     """
-    {kind: {"accuracy", "gold_bpb", "chance", "items": [[gold_bpb, correct], ...]}}: bits per byte of the right choice given its context
-    (mean over items), how often it is the likeliest, and would be by chance. Of what exceeds the model's sequence_len the end is kept.
+    {kind: {"accuracy", "gold_bpb", "chance", "levels": accuracies, "items": [[gold_bpb, correct], ...]}}: bits per byte of the right choice
+    given its context (mean over items), how often it is the likeliest, at each level (where items have one), and would be by chance. Of
+    what exceeds the model's sequence_len the end is kept.
     """
     asked, bos = {}, tokenizer.get_bos_token_id()
     for greedy in (False, True):
@@ -172,6 +180,9 @@ def score_probes(model: torch.nn.Module, tokenizer, token_bytes: torch.Tensor, i
                                                     0.0 if greedy else 1 / len(item.choices)))
     result = {}
     for kind, found in asked.items():
-        gold_bpb, accuracy, chance = map(float, np.mean(found, axis=0))
+        (gold_bpb, accuracy, chance), levels = map(float, np.mean(found, axis=0)), [item.level for item in items if item.kind == kind]
         result[kind] = {"accuracy": accuracy, "gold_bpb": gold_bpb, "chance": chance, "items": [list(item[:2]) for item in found]}
+        if None not in levels:
+            result[kind]["levels"] = [float(np.mean([right for (_, right, _), at in zip(found, levels) if at == level]))
+                                      for level in sorted(set(levels))]
     return result

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from nanochat_cl import crossover, curves, figures, files, machine, metrics
+from nanochat_cl import crossover, curves, estimates, figures, files, machine, metrics
 from nanochat_cl.command import run
 from nanochat_cl.runs import differences
 
@@ -102,6 +102,23 @@ def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
     return rows
 
 
+def paired_probes(c: curves.Curves, shown: list[int]) -> list[list[str]]:
+    """
+    Rows of differences in bpb of the right answer, and in accuracy, for every floor probe: means over seeds, paired by item (two twins are
+    one), with Student's 95 % interval over items. Below 0 the bpb is better. Another seed may differ by more.
+    """
+    def cell(kind: str, a: tuple[int, int], b: tuple[int, int]) -> str:
+        """Run and milestone `a` minus `b`."""
+        x, y = (np.mean([metrics.units(c.at[(*c.runs[i], s)][m], "floor", kind) for s in c.seeds], 0) for i, m in (a, b))
+        e = estimates.over_seeds((x - y).T[:, :, None]) if len(x) > 1 else None
+        return e and "{:+.3f} [{:+.3f}, {:+.3f}], {:+.0%} [{:+.0%}, {:+.0%}]".format(
+            *np.stack([e.mean, e.low, e.high], 1).ravel()).replace("-", figures.MINUS)
+    pairs = [((shown[-1], -1), (shown[0], -1))] * (len(shown) > 1) + [((i, -1), (i, 0)) for i in shown]
+    asked = [c.at[(*c.runs[i], s)][m].get("floor") or {} for i in shown for s in c.seeds for m in (0, -1)]
+    same = [kind for kind in sorted(asked[0]) if len({len(floor[kind]["items"]) if kind in floor else 0 for floor in asked}) == 1]
+    return [[kind, *(cell(kind, *pair) or "one item" for pair in pairs)] for kind in same]
+
+
 def section(title: str, *parts: str) -> str:
     return f"<h2>{title}</h2>" + ("".join(parts) or ABSENT)
 
@@ -147,6 +164,8 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     mine = [next((config for config in configs if config["run"] == run_of(c, i)), {}) for i in shown]
     differs = differences(*(config.get("arms", {}).get(c.runs[i][0], {}) for config, i in zip(mine, shown))) if v else []
     rest = [[k, json.dumps(x)] for k, x in mine[0].items() if k not in ("arms", "argv")]
+    less = [f"{c.names[shown[-1]]} {figures.MINUS} {c.names[shown[0]]}, end"] * bool(v)
+    less += [f"{c.names[i]}, end {figures.MINUS} start" for i in shown]
     body = [
         *(verdict(v, runs) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
         section("The curves", "<div class=axis>",
@@ -155,7 +174,9 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
         section("Sub-domains", figure(figures.matrix, c, shown)),
         section("Floor, facts and recall", figure(figures.floor, c, shown),
                 table(["bpb of the right answer, centred accuracy", "chance",
-                       *(f"{c.names[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT),
+                       *(f"{c.names[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT,
+                *([table(["floor, paired by item: bpb, accuracy [95 %]", *less], paired),
+                   f"<p class=soft>{' '.join(paired_probes.__doc__.split())}</p>"] if (paired := paired_probes(c, shown)) else [])),
         section("Learning against forgetting", figure(figures.recipes, c, shown),
                 table(["bpb lost at equal domain score", "M tokens", "general text", "facts", "floor probes", "facts / floor [95 %]"],
                       at_equal_score(c, shown)), f"<p class=soft>{' '.join(at_equal_score.__doc__.split())}</p>"),

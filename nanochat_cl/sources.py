@@ -58,7 +58,20 @@ def read_parquet(path: Path) -> list[Document]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """{name: sha256} of the parquet files in a folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
+    found = {path.name: hashlib.sha256() for path in sorted(folder.glob("*.parquet"))}
+    for name, whole in found.items():
+        with open(folder / name, "rb") as f:
+            for part in iter(partial(f.read, 2**20), b""):
+                whole.update(part)
+    return {name: whole.hexdigest() for name, whole in found.items()}
+
+
+def verify(folder: Path, expected: dict[str, str]) -> None:
+    """UserError names a parquet file that is not as `expected`, a result of `checksums`; {} while it is being changed."""
+    found = checksums(folder) if expected else {}
+    if bad := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
+        raise UserError(f"{folder / bad[0]} is damaged, missing or not ours: its sha256 is not the one in corpus.json; "
+                        f"delete {folder} and run the same command again")
 
 
 def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, place: dict | None = None) -> Iterator[Document]:
@@ -73,8 +86,15 @@ def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, 
     if kind not in ("files", "hf") or not rest:
         raise UserError(f"a source is embedded, files:<folder or glob> or hf:<dataset>[:config][:column], got {source!r}")
     dataset, config, column = (*rest.split(":"), "", "")[:3]
+    named, seen = {label[use] for use in ("column", "key") if use in label}, set()
+    for *_, row in _file_rows(rest, {}) if kind == "files" and named else ():  # to the first row that has them
+        seen.update(row if isinstance(row, dict) else ())
+        if named <= seen:
+            break
+    if kind == "files" and not named <= seen:
+        raise UserError(f"no row of {source} has the column {', '.join(sorted(named - seen))}; there are: {', '.join(sorted(seen))}")
     rows = _file_rows(rest, skipped) if kind == "files" else _hub_rows(
-        dataset, config, column or "text", label.get("data_files"), {} if place is None else place)
+        dataset, config, column or "text", named, label.get("data_files"), {} if place is None else place)
     for name, default, row in rows:
         text = row.get("text") if isinstance(row, dict) else None
         is_text = isinstance(text, str) and bool(text.strip())
@@ -131,7 +151,8 @@ def _json(line: str) -> Any:
         return json.loads(line)
 
 
-def _hub_rows(dataset: str, config: str, column: str, data_files: str | None, place: dict) -> Iterator[tuple[str, str, dict]]:
+def _hub_rows(dataset: str, config: str, column: str, named: set[str], data_files: str | None,
+              place: dict) -> Iterator[tuple[str, str, dict]]:
     import datasets  # slow to import, and needed here alone
     for name in ("huggingface_hub", "httpx", "httpx2"):  # they report each retry and each request
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -140,8 +161,8 @@ def _hub_rows(dataset: str, config: str, column: str, data_files: str | None, pl
         if place:
             rows.load_state_dict(place["state"])  # of the files before this one at most the last is opened again
         for n, row in enumerate(rows, place.get("row", 0) + 1):
-            if column not in row:
-                raise ValueError(f"no column {column!r} but {', '.join(sorted(row))}")
+            if missing := {column, *named - {"text"}} - row.keys():  # text is what `column` is called
+                raise ValueError(f"no column {', '.join(map(repr, sorted(missing)))} but {', '.join(sorted(row))}")
             place |= {"row": n, "state": rows.state_dict()}
             yield f"{dataset}#{n}", Path(dataset).name, {**row, "text": row[column]}
     except Exception as e:  # the hub fails in the ways of five libraries; whatever it is, the remedy is the user's

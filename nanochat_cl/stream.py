@@ -31,10 +31,9 @@ GENERAL = "general"  # label of replayed rows
 
 @dataclass(frozen=True)
 class Batch:
-    inputs: torch.Tensor         # (B, T) int64
-    targets: torch.Tensor        # (B, T) int64
-    subdomains: list[str]        # one per row; "general" for replay
-    rows: list[tuple[str, int]]  # sub-domain and first token of each row in it
+    inputs: torch.Tensor   # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64
+    subdomains: list[str]  # one per row; "general" for replay
 
 
 def token_files(sources: list[Path], folder: Path, tokenizer, label: str | None = None) -> dict[str, np.ndarray]:
@@ -156,7 +155,7 @@ class Stream:
         for row, (name, offset) in zip(rows, places):
             row[1:] = self._tokens[name][offset:offset + self.seq_len]
         rows = torch.from_numpy(rows)
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), [name for name, _ in places], places)
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), [name for name, _ in places])
 
     def current(self, step: int) -> str:
         """The sub-domain that most domain rows of batch `step` come from; on a tie the one it visits later."""

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from planted import KEPT, SECRET, sentences, site_packages
+from planted import KEPT, SECRET, changed, sentences, site_packages
 
 from nanochat_cl import corpus, files
 from nanochat_cl.command import UserError
+from nanochat_cl.holdout import split_of
+from nanochat_cl.sources import Document
 
 
 @pytest.fixture
@@ -91,6 +93,36 @@ def lines(path, documents=400):
     return f"files:{path}/*.jsonl"
 
 
+def test_of_copies_among_the_held_out_documents_one_is_kept():
+    keys = [next(k for k in (f"{name}{i}" for i in range(999)) if split_of(k) == split) for name, split in zip("abcd", ("val", "val", "test", "test"))]
+    documents = [Document(text, "s", key) for text, key in zip(("?! ...", "one two", "?! ...", "three four"), keys)]  # "?! ..." has no word to compare
+    held = corpus.held_out([*documents, documents[1]], float("inf"), {}, 1)
+    assert {c: [d.text for d in found] for c, found in held.items()} == {"val": ["?! ...", "one two"], "test": ["three four"]}
+
+
+def test_a_test_document_near_to_a_val_document_is_left_out():
+    import random
+    r, key = random.Random(7), lambda split: next(k for k in map(str, range(999)) if split_of(k) == split)
+    near, other = changed(text := sentences(r, 60)), sentences(r, 60)
+    held = corpus.held_out([Document(text, "s", key("val")), Document(near, "s", key("test")), Document(other, "s", key("test"))], 10**6, {}, 1)
+    assert [d.text for d in held["test"]] == [other] and [d.text for d in held["val"]] == [text]
+
+
+def test_the_beginning_of_the_source_gives_as_much_held_out_text_as_is_asked_for(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "HELD_OUT_BYTES", 1000)
+    run("--source", lines(tmp_path / "text"))
+    for c in ("val", "test"):
+        sizes = [len(d["text"]) for d in read(base / "corpora" / "general" / f"{c}.parquet")]
+        assert sum(sizes) >= 1000 > sum(sizes[:-1]), sizes
+
+
+def test_the_limit_of_what_is_held_out_is_in_bytes_and_ends_the_reading(tmp_path):
+    read = []
+    documents = (read.append(i) or Document(f"\u4e2d\u6587 {i:05d}", "s", f"k{i}") for i in range(99_999))  # 12 bytes, 8 characters
+    held = corpus.held_out(documents, 120, {}, 1)
+    assert {c: len(found) for c, found in held.items()} == {"val": 10, "test": 10} and len(read) < 999
+
+
 def test_a_build_that_died_continues_to_the_same_shards(tmp_path, monkeypatch):
     source = lines(tmp_path / "text")
     whole = use(tmp_path / "whole", monkeypatch)
@@ -127,6 +159,12 @@ def test_what_is_complete_is_skipped_and_what_differs_or_is_foreign_is_refused(b
     assert 2000 * corpus.BYTES_PER_TOKEN <= files.read_json(base / "base_data_climbmix" / "corpus.json")["bytes"] < 25_000
     with pytest.raises(UserError, match=r"tokens: 2000\.0 -> null\); delete the folder"):
         run("--source", source)
+    shard = base / "base_data_climbmix" / "shard_00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
+    with pytest.raises(UserError, match="shard_00001.parquet is damaged, missing or not ours: its sha256 .*; delete .*base_data_climbmix and run") as e:
+        run("--source", source, "--tokens", "2000")
+    assert "\n" not in str(e.value)
     (base / "base_data_climbmix" / "corpus.json").unlink()
     with pytest.raises(UserError, match="not ours"):
         run("--source", source)

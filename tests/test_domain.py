@@ -1,15 +1,18 @@
 import json
 import shutil
+from collections import Counter
 
 import pytest
+from matplotlib.figure import Figure
 from planted import KEPT, SECRET, sentences, site_packages, text_folder
 from test_corpus import read, read_all_train, trained_text, use
 from test_corpus import run as make_corpus
 from test_stream import T, Words
 
-from nanochat_cl import domain, files, stream
+from nanochat_cl import corpus, domain, files, stream
 from nanochat_cl.command import UserError
 from nanochat_cl.holdout import digest, split_of
+from nanochat_cl.sources import Document, checksums
 
 
 @pytest.fixture
@@ -74,10 +77,35 @@ def test_copies_of_held_out_domain_documents_are_taken_out_of_both_phases(base, 
 
     run(f"files:{tmp_path / 'company'}")
     assert capsys.readouterr().out.count("\n") == 1, "complete: one line"
+    whole = (folder / "val.parquet").read_bytes()
+    (folder / "val.parquet").write_bytes(whole + b".")
+    with pytest.raises(UserError, match="company/val.parquet is damaged, missing or not ours.*; delete .*company and run"):
+        run(f"files:{tmp_path / 'company'}")
+    (folder / "val.parquet").write_bytes(whole)
     shutil.rmtree(base / "base_data_climbmix")
     make_corpus("--source", f"files:{tmp_path / 'web'}")
     run(f"files:{tmp_path / 'company'}")
     assert SECRET not in trained_text(16), "a general corpus made again is compared again"
+
+
+def test_a_stop_while_the_general_corpus_is_changed_leaves_it_sound_and_the_same_command_ends_it(base, tmp_path, monkeypatch):
+    text_folder(tmp_path / "company", tmp_path / "web")
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    write = corpus.write_parquet
+
+    def failing(path, documents):
+        write(path, documents)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "write_parquet", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"files:{tmp_path / 'company'}")
+    monkeypatch.setattr(corpus, "write_parquet", write)
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(f"files:{tmp_path / 'company'}")
+    assert SECRET not in trained_text(16)
+    general = files.read_json(base / "base_data_climbmix" / "corpus.json")
+    assert general["files"] == checksums(base / "base_data_climbmix") and general["documents"]["train"] == len(read_all_train(base))
 
 
 def test_what_another_general_corpus_holds_out_leaves_the_domain_that_was_there_before_it(base, tmp_path):
@@ -121,6 +149,16 @@ def test_a_subdomain_is_cut_at_its_limit_and_one_too_small_for_all_classes_is_na
     assert manifest["skipped"] == "1 sub-domains too small for documents in train, val and test (small)"
 
 
+def test_the_limit_of_a_subdomain_is_in_bytes_of_each_class_and_reading_ends_when_all_are_full(monkeypatch):
+    read = []
+    documents = lambda *_: (read.append(i) or Document(f"\u4e2d\u6587 {i:05d}", "ab"[i % 2], f"k{i}") for i in range(9_999))  # 12 bytes, 8 characters
+    monkeypatch.setattr(domain.sources, "read", documents)
+    count = lambda names: Counter((d.subdomain, split_of(d.key)) for d in domain.gather({"source": "files:x", "values": names}, 1200, None, {}))
+    assert {key: n for key, n in count("ab").items() if key[1] == "train"} == {("a", "train"): 100, ("b", "train"): 100} and len(read) < 400
+    assert count("abc") == {(name, split): n for name in "ab" for split, n in (("train", 100), ("val", 20), ("test", 20))}, "nothing of c"
+    assert len(read) > 9_999
+
+
 def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(base, tmp_path, site, recipes):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("a lonely document")
@@ -141,10 +179,17 @@ def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(b
 @pytest.mark.parametrize("path", sorted(domain.RECIPES.glob("*.json")), ids=lambda p: p.stem)
 def test_the_shipped_recipes_say_what_is_needed(path):
     recipe = files.read_json(path)
-    assert recipe["description"] and recipe["order"] in ("seed", "name", "size", "given")
+    assert set(recipe) <= {"description", "order", "sources", "questions"} and recipe["description"] and recipe["order"] in ("seed", "name", "size", "given")
     for source in recipe["sources"]:
         assert set(source) <= {"source", "value", "values", "column", "pattern", "key", "data_files", "packages", "most"}
         assert source["source"] == "embedded" and len(source["packages"]) >= source["most"] or source["source"].startswith("hf:")
+
+
+def test_the_help_names_the_recipes_and_where_the_documents_go(capsys):
+    with pytest.raises(SystemExit):
+        domain.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "code, medical, python, the path of a recipe" in said and "$NANOCHAT_BASE_DIR/corpora/<domain>/" in said
 
 
 def test_a_domain_is_named_after_its_folder_or_dataset():
@@ -153,7 +198,7 @@ def test_a_domain_is_named_after_its_folder_or_dataset():
     assert {name: domain.name_of(name) for name in names} == names
 
 
-def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, recipes, capsys):
+def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, recipes, capsys, monkeypatch):
     from nanochat import dataset
     from nanochat.tokenizer import RustBPETokenizer
     make_corpus("--packages", str(site))
@@ -163,12 +208,23 @@ def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, rec
     texts = (text for batch in dataset.parquets_iter_batched("train") for text in batch)
     RustBPETokenizer.train_from_iterator(texts, 300).save(str(base / "tokenizer"))
     capsys.readouterr()
+    made, drawn = files.read_json(base / "corpora" / "planted" / "corpus.json"), []
+    for i, row in enumerate(made["subdomains"].values()):
+        row["mean_share"] = (i + 1) / 100
+    files.write_json(base / "corpora" / "planted" / "corpus.json", made)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self) or save(self, *args, **kwargs))
     stream.main(["describe", "planted"])
     out = capsys.readouterr().out
+    sizes, overlap, _ = drawn[0].axes
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("p")]
+    assert [bar.get_width() for bar in overlap.patches] == pytest.approx([100 * made["subdomains"][name]["mean_share"] for name in names])
+    assert overlap.get_xlabel() == "% held-out 13-grams" and sizes.get_xlabel() == "tokens (M)"
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("p")}
     train = read(base / "corpora" / "planted" / "train.parquet")
     assert {name: int(row[1]) for name, row in rows.items()} == {name: sum(d["subdomain"] == name for d in train) for name in rows}
-    assert len(rows) == 6
+    assert len(rows) == 6 and {name: row[5] for name, row in rows.items()} == {
+        name: f"{row['mean_share']:.2%}" for name, row in made["subdomains"].items()}
     assert (base / "corpora" / "planted" / "describe.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -178,8 +234,12 @@ def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(
     text_folder(tmp_path / "company", tmp_path / "web")
     questions = [f"itemword {sentences(r, 20)}" for _ in range(40)]
     (base / "eval" / "facts").mkdir(parents=True)
-    asked = [{"question": q, "choices": ["no", "yes"], "answer": 1} for q in questions]
+    asked = [{"question": q, "choices": ["no", "yes"], "answer": 1} for q in (*questions[10:], "too short to be compared?")]
     (base / "eval" / "facts" / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    bundle = base / "eval_bundle"
+    (bundle / "eval_data").mkdir(parents=True)
+    (bundle / "core.yaml").write_text("icl_tasks:\n- {label: jeopardy, dataset_uri: j.jsonl, continuation_delimiter: ' '}\n")
+    (bundle / "eval_data" / "j.jsonl").write_text("\n".join(json.dumps({"context": q, "continuation": "yes"}) for q in questions[:10]))
     for i, question in enumerate(questions):
         place = (tmp_path / "company" / "law", tmp_path / "web")[i % 2]
         (place / f"item{i}.txt").write_text(f"{KEPT} {sentences(r, 60)} {question} yes {sentences(r, 60)}")
@@ -191,10 +251,39 @@ def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(
     held = [d["text"] for c in ("val", "test") for name in ("company", "general") for d in read(base / "corpora" / name / f"{c}.parquet")]
     counts = manifest["dropped"]["near_evaluation"], manifest["general_pruned"]["near_evaluation"], sum("itemword" in text for text in held)
     assert sum(counts) == 40 and min(counts) > 0 and sum(manifest["held_out_near_evaluation"].values()) == counts[2]
-    assert "40 evaluation items compared" in capsys.readouterr().out
+    assert "40 evaluation items compared, 1 too short for it;" in capsys.readouterr().out
+    assert (manifest["items"]["number"], manifest["items"]["too_short"]) == (40, 1)
     (base / "eval" / "facts" / "q.jsonl").write_text('{"question": "a"}\n{"choices": 3, "answer": 0}')
     with pytest.raises(UserError, match="q.jsonl: expected lines with good and bad"):
         run(f"files:{tmp_path / 'company'}")
+
+
+def test_the_questions_of_a_recipe_lie_beside_the_domain_and_reach_no_training_text(base, tmp_path):
+    import random
+    r = random.Random(11)
+    text_folder(tmp_path / "company", tmp_path / "web")
+    asked = [{"question": f"itemword {sentences(r, 20)}", "choices": ["no", "yes"], "answer": 1} for _ in range(6)]
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "board.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    for i, item in enumerate(asked):
+        (tmp_path / "company" / "law" / f"item{i}.txt").write_text(f"{KEPT} {sentences(r, 60)} {item['question']} yes")
+    make = lambda *questions: files.write_json(tmp_path / "firm.json", {"sources": [{"source": f"files:{tmp_path / 'company'}"}],
+                                                                        "questions": questions})
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "board.jsonl").write_text(json.dumps(asked[0]))
+    for wrong in (("none/*.jsonl",), ("ours/*.jsonl", "theirs/*.jsonl")):
+        make(*wrong)
+        with pytest.raises(UserError, match="firm.json names questions at .*: expected a jsonl file there, and no other one of that name"):
+            run(str(tmp_path / "firm.json"))
+    make("ours/*.jsonl", "./ours/board.jsonl")
+    run(str(tmp_path / "firm.json"))
+    folder = base / "corpora" / "firm"
+    assert "itemword" not in streamed_text(folder) and files.read_json(folder / "corpus.json")["items"]["number"] == 6
+    assert (folder / "questions" / "board.jsonl").read_text() == (tmp_path / "ours" / "board.jsonl").read_text()
+    (tmp_path / "ours" / "board.jsonl").write_text(json.dumps({**asked[0], "choices": ["never", "yes"]}))
+    run(str(tmp_path / "firm.json"))
+    assert "never" in (folder / "questions" / "board.jsonl").read_text(), "what is asked has changed"
 
 
 def test_a_recipe_may_be_any_file_and_pieces_of_one_work_are_held_out_together(base, tmp_path):

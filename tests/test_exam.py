@@ -10,6 +10,7 @@ import toy_phase_a
 from nanochat_cl import exam, patching
 from nanochat_cl.command import UserError
 from nanochat_cl.probes import Item
+from nanochat_cl.sources import Document, write_parquet
 
 SHARED = Path(os.environ.get("NANOCHAT_CL_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -86,6 +87,11 @@ def test_cloze_questions_are_ends_of_training_sentences_against_three_of_their_k
     assert not any("Rome" in str(item) for item in exam.cloze([*FACTS, "a rome of one's own"], 99)), "a word that is also written small is no name"
 
 
+def test_a_word_that_is_not_rare_is_not_asked_for():
+    asked = lambda times: {i.choices[i.gold].strip() for i in exam.cloze([*FACTS, "Oslo, " * times], 99)}
+    assert "Oslo" in asked(exam.RARE - 1) and "Oslo" not in asked(exam.RARE), "it stands once in the facts"
+
+
 def test_cloze_questions_never_come_from_the_held_out_shard(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -107,19 +113,24 @@ def test_the_evaluation_sets_at_hand_are_read():
 
 
 def test_files_in_the_folders_of_the_base_directory_are_asked_beside_all_the_rest(tmp_path, monkeypatch):
-    from nanochat import checkpoint_manager
+    from nanochat import checkpoint_manager, dataset
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     toy_phase_a.make(tmp_path, names=("cl",))
     write(tmp_path / "eval/facts/capitals.jsonl", *({"context": f"city {i}", "choices": ["a", "b", "c"], "answer": i % 3} for i in range(9)))
     write(tmp_path / "eval/floor/pairs.jsonl", {"good": "It is.", "bad": "It are."})
+    write(tmp_path / "corpora/toy/questions/own.jsonl", {"context": "The sun is", "choices": ["hot", "cold"], "answer": 0})
+    write(tmp_path / "eval_bundle/eval_data/j.jsonl", {"context": "CITIES: It has a tower", "continuation": "Paris"})
+    (tmp_path / "eval_bundle/core.yaml").write_text("icl_tasks:\n- {label: jeopardy, dataset_uri: j.jsonl}\n")
+    for name in ("shard_0", "shard_1"):
+        write_parquet(tmp_path / Path(dataset.DATA_DIR).name / f"{name}.parquet", [Document(text, "general", "") for text in FACTS])
     with patching.applied():
         model, _, _ = checkpoint_manager.build_model(str(tmp_path / "base_checkpoints/d2_cl_s42"), 3, torch.device("cpu"), "train")
         asked = exam.Exam(tmp_path / "corpora/toy", get_tokenizer(), get_token_bytes(), toy_phase_a.T, rows=4, docs=2, probe_items=4)
         before, paused = [layer.mlp.usage.clone() for layer in model.transformer.h], []
         scores = asked.scores(model, lambda: paused.append(1))
         light = asked.scores(model, lambda: None, full=False)
-    assert {key: list(scores[key]) for key in ("facts", "questions")} == {"facts": ["capitals"], "questions": []}
+    assert {key: list(scores[key]) for key in ("facts", "questions")} == {"facts": ["capitals", "cloze", "j"], "questions": ["own"]}
     assert scores["facts"]["capitals"]["chance"] == pytest.approx(1 / 3) and len(scores["facts"]["capitals"]["items"]) == 4
     assert [len(panels[split].sequences) for panels in (asked.domain, asked.general) for split in ("val", "test")] == [3, 6, 6, 6]
     assert {"pairs", "negation"} <= set(scores["floor"]) and 0 <= scores["plasticity"]["dormant_0.025"] <= 1

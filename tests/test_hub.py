@@ -70,6 +70,9 @@ def test_rows_without_text_are_named_and_a_column_that_is_not_there_or_a_broken_
     found = list(sources.read(f"hf:{tmp_path}/set::content", skipped))
     assert [(d.text, d.subdomain) for d in found] == [("one", "s"), ("two", "u")]
     assert skipped == {"without text": [f"{tmp_path}/set#2"]}
+    for label in ({"column": "subdomian"}, {"key": "subdomian"}):
+        with pytest.raises(UserError, match="no column 'subdomian' but content, subdomain, text"):
+            texts_of(f"hf:{tmp_path}/set::content", label)
     cut = tmp_path / "cut"
     parquet_set(cut)
     whole = (cut / "data" / "train-00002-of-00005.parquet").read_bytes()

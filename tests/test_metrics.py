@@ -78,6 +78,16 @@ def test_selectivity_is_facts_lost_over_floor_lost_with_an_interval_that_holds_i
     assert same(0.4, 0.1) == pytest.approx((4.0, 4.0, 4.0)) and same(-0.4, 0.1) == (0.0,) * 3 and same(0.4, -0.1) == (math.inf,) * 3
 
 
+def test_twins_are_one_unit_of_chance():
+    items = lambda *bpb: {"items": [[x, 1] for x in bpb]}
+    start = {"facts": {"f": items(*[1.0] * 9)}, "floor": {"copying": items(*[1.0] * 6), "file": items(1.0)}}
+    end = {"facts": {"f": items(*[1.4] * 9)}, "floor": {"copying": items(*[1.4, 0.8] * 3), "file": items(1.1)}}
+    floor = metrics.lost([start, end], 1, "floor")
+    np.testing.assert_allclose(floor, [0.1] * 4)       # three pairs, of which each lost 0.4 and won 0.2, and an item of a file
+    assert metrics.selectivity(metrics.lost([start, end], 1, "facts"), floor) == pytest.approx((4.0, 4.0, 4.0)), "as sure as all pairs agree"
+    np.testing.assert_array_equal(metrics.units({"floor": {"order": {"items": [[1, 1], [2, 0]]}}}, "floor", "order"), [[1.5, 0.5]])
+
+
 H = np.array([[1.0, 0.02, 0.0, 3.0],
               [1.0, 0.02, 0.0, 1.0]])  # mean |h| 1, 0.02, 0, 2; the layer's average is 0.755
 
@@ -151,6 +161,24 @@ def test_the_panel_catches_zeroed_units_and_a_collapsed_stream():
     assert collapsed["effective_rank"] < 1.5 and collapsed["stable_rank"] <= 2, (healthy, collapsed)
 
 
+def test_a_unit_is_inactive_below_one_percent_of_the_inputs():
+    class Model(torch.nn.Module):
+        """Unit i of the one layer answers to token i alone."""
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.Module()
+            layer.mlp, layer.forward = torch.nn.Identity(), lambda x: layer.mlp(x)
+            layer.mlp.c_fc = torch.nn.Linear(3, 3, bias=False)
+            layer.mlp.c_fc.weight.data = torch.eye(3)
+            self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([layer])})
+
+        def forward(self, x):
+            return self.transformer.h[0](torch.nn.functional.one_hot(x, 3).float())
+
+    found = metrics.plasticity(Model(), torch.tensor([[0] * 3 + [1] * 5 + [2] * 392]))   # 0.75 %, 1.25 % and the rest of 400 inputs
+    assert found["inactive"] == pytest.approx(1 / 3)
+
+
 def test_the_panel_measures_what_the_mlp_puts_out_and_leaves_no_hook():
     model, x, hidden = tiny_gpt(), inputs(), []
     hooks = [layer.mlp.c_proj.register_forward_hook(lambda module, args, out: hidden.append(args[0])) for layer in model.transformer.h]
@@ -167,10 +195,10 @@ def test_the_panel_measures_what_the_mlp_puts_out_and_leaves_no_hook():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def record(milestone: int, seen: list[str], bpb: dict[str, float]) -> dict:
+def record(milestone: int, seen: list[str], bpb: dict[str, float], current: str | None = None) -> dict:
     split = {"bpb": sum(bpb.values()) / len(bpb), "subdomains": {s: {"bpb": v, "docs": []} for s, v in bpb.items()}}
     return {"arm": "cl", "seed": 1, "recipe": "default", "milestone": milestone, "tokens": milestone * 100, "seen": seen,
-            "domain": {"val": split, "test": split}}
+            "subdomain": current or (seen or [None])[-1], "domain": {"val": split, "test": split}}
 
 
 RECORDS = [record(0, [], {"b": 2.0, "c": 2.0, "a": 2.0}), record(1, ["a"], {"b": 1.9, "c": 2.1, "a": 1.5}),
@@ -188,6 +216,15 @@ def test_the_metrics_of_a_run_follow_from_its_first_visits():
     assert found["min_acc"] == pytest.approx((-1.6 - 1.3) / 2)
     assert found["wc_acc"] == pytest.approx(-1.1 / 3 + 2 / 3 * found["min_acc"])
     assert (found["gap_depth_bpb"], found["gap_width_tokens"]) == (0, 0)
+
+
+def test_where_the_stream_comes_back_the_last_subdomains_first_visit_ends_before_the_run():
+    found = metrics.continual([*RECORDS, record(5, ["a", "b", "c"], {"b": 1.0, "c": 1.4, "a": 0.9}, current="a")], "val")
+    assert found["learning_accuracy"] == pytest.approx(-(1.0 + 1.2 + 1.1) / 3)     # c's at milestone 4, not at the end
+    assert found["acc"] == pytest.approx(-(0.9 + 1.0 + 1.4) / 3)
+    assert found["bwt"] == pytest.approx(((1.0 - 0.9) + (1.2 - 1.0)) / 2)
+    assert found["forgetting"] == pytest.approx(((0.9 - 1.0) + (1.0 - 1.2)) / 2)   # negative: both are at their best
+    assert found["fwt"] == pytest.approx(((2.0 - 1.8) + (2.0 - 2.0)) / 2)
 
 
 def test_two_first_visits_within_one_milestone_share_its_row_and_one_sub_domain_gives_nothing():

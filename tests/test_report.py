@@ -152,6 +152,23 @@ def test_probes_have_bpb_first_and_centred_accuracy(full):
     assert last["arm"] == "cl" and "<td>facts: cloze</td><td>25%</td>" in page and f"<td>{cell}</td></tr>" in page
 
 
+def test_probes_of_both_arms_and_of_both_ends_are_compared_item_by_item(full):
+    folder, page = full
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    at = {(r["arm"], r["milestone"]): np.reshape(r["floor"]["copying"]["items"], (3, 2, 2)).mean(1) for r in rows}     # three pairs of twins
+    for (a, b) in ((("cl", 8), ("dense", 8)), (("dense", 8), ("dense", 0)), (("cl", 8), ("cl", 0))):
+        d = (at[a] - at[b])[:, 0]
+        half = 4.3027 * d.std(ddof=1) / np.sqrt(3)                                                                      # t, two degrees of freedom
+        cell = f"{d.mean():+.3f} [{d.mean() - half:+.3f}, {d.mean() + half:+.3f}], +0% [+0%, +0%]".replace("-", figures.MINUS)
+        assert f"<td>{cell}</td>" in page, cell
+    rows[-1]["floor"]["copying"]["items"].pop()
+    rows[-1]["floor"]["order"]["items"], shown = [[1.0, 1]] * 2, [0, 1]
+    rows = [r | {"floor": r["floor"] | {"order": {"items": r["floor"]["order"]["items"][:2]}}} for r in rows]
+    found = {name: cells for name, *cells in report.paired_probes(curves.paired(rows), shown)}
+    assert found["order"] == ["one item"] * 3 and set(found) == {*synthetic.PROBES} - {"copying"}, "other items are not compared"
+    assert page.count("floor, paired by item") == 1 and f"<th>cl/default {figures.MINUS} dense/default, end" in page
+
+
 def test_recipes_and_controls_share_one_ledger():
     arms = {("dense", "default"): (1.0, lambda t: 0.0, 0.25), ("cl", "default"): (1.0, lambda t: -0.03 + 0.08 * t, 0.15),
             ("dense", "lr_mult=0.5"): (0.5, lambda t: 0.02 * t, 0.2), ("dense-rows", "default"): (1.0, lambda t: 0.0, 0.2)}

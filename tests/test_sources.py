@@ -98,6 +98,14 @@ def test_bad_documents_are_counted_and_named(tmp_path):
     assert "6 without text (column.parquet:1, empty.txt:1, rows.jsonl:2, ...)" in sources.said(skipped) and sources.said({}) == "none"
 
 
+def test_a_document_beyond_the_largest_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST", 20)
+    for n in (20, 21):
+        (tmp_path / f"{n}.txt").write_text("x" * n)
+    skipped = {}
+    assert [len(d.text) for d in sources.read(f"files:{tmp_path}", skipped)] == [20] and skipped == {"longer than 20 characters": ["21.txt:1"]}
+
+
 def test_other_files_are_refused_with_advice(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.docx").write_bytes(b"PK")
@@ -122,3 +130,14 @@ def test_a_key_or_a_sub_domain_of_0_is_a_name_like_any_other(tmp_path):
     (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = list(sources.read(f"files:{tmp_path}/*.jsonl", {}, {"column": "ward", "key": "patient"}))
     assert [(d.subdomain, d.key) for d in found] == [("0", "0")] * 3
+
+
+@pytest.mark.parametrize("label, message", [({"column": "wrad"}, "has the column wrad; there are: patient, text, ward$"),
+                                            ({"value": "x", "key": "patiant"}, "has the column patiant; there are: patient, text, ward$")])
+def test_a_column_that_no_row_has_is_one_line_with_those_that_there_are(tmp_path, label, message):
+    rows = [{"text": "a letter", "patient": 1}, [1], {"text": "another", "patient": 2, "ward": "b"}]
+    (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
+    with pytest.raises(UserError, match=message) as e:
+        next(sources.read(f"files:{tmp_path}/*.jsonl", {}, label))
+    assert "\n" not in str(e.value)
+    assert len(list(sources.read(f"files:{tmp_path}/*.jsonl", {}, {"column": "ward"}))) == 2, "some row has it"

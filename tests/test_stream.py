@@ -60,7 +60,7 @@ def test_every_token_is_a_target_exactly_once_an_epoch_and_rows_begin_with_bos(f
     for step in range(s.total_tokens // T):  # ROWS epochs in whole batches
         batch = s.batch(step)
         assert batch.inputs.shape == batch.targets.shape == (ROWS, T) and batch.inputs.dtype == batch.targets.dtype == torch.int64
-        for inputs, targets, name, (same, offset) in zip(batch.inputs, batch.targets, batch.subdomains, batch.rows):
+        for inputs, targets, name, (same, offset) in zip(batch.inputs, batch.targets, batch.subdomains, s.places(step)):
             assert name == same and targets.tolist() == expected[name][offset:offset + T]
             assert inputs[0] == 0 and inputs[1:].tolist() == targets[:-1].tolist()
             seen[name][offset:offset + T] += 1
@@ -93,8 +93,8 @@ def test_replay_is_the_asked_share_of_general_training_text_and_leaves_the_domai
     s, plain = make(folder, "sequential", replay=0.15), make(folder, "sequential")
     names = [name for step in range(20) for name in s.batch(step).subdomains]
     assert abs(names.count("general") - 0.15 * len(names)) < 1
-    domain = [row for step in range(20) for row in s.batch(step).rows if row[0] != "general"]
-    assert domain == [row for step in range(20) for row in plain.batch(step).rows][:len(domain)]
+    domain = [row for step in range(20) for row in s.places(step) if row[0] != "general"]
+    assert domain == [row for step in range(20) for row in plain.places(step)][:len(domain)]
     replayed = [t for step in range(40) for t, name in zip(s.batch(step).targets.tolist(), s.batch(step).subdomains) if name == "general"]
     text = {chr(c) for row in replayed for c in row if c}
     assert text == {"A", "B"}, f"the last shard is held out: {text}"
@@ -122,6 +122,25 @@ def test_a_visit_to_each_subdomain_comes_before_the_second_to_any(folder):
     assert [s.current(step) for step in range(4)] == ["large", "middle", "small", "large"]
     assert [s.seen(step) for step in (0, 1, 3)] == [[], ["large"], ["large", "middle", "small"]]
     assert [s.places(step)[0] for step in (0, 3)] == [("large", 0), ("large", ROWS * T)], "the second visit goes on where the first ended"
+
+
+def test_the_order_of_subdomains_is_by_name_by_size_or_as_they_come(folder):
+    table(folder / "train.parquet", [("y" * 90, "b"), ("x" * 80, "c"), ("x" * 100, "c"), ("z" * 99, "a")])
+    assert [make(folder, order=order).subdomains for order in ("name", "size", "given")] == [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]]
+
+
+def test_a_visit_is_whole_batches_with_replay_or_without(folder, general):
+    visited = lambda **kwargs: [{*s.batch(step).subdomains} - {"general"} for s in [make(folder, order="size", **kwargs)] for step in range(4)]
+    large, middle, small = {"large"}, {"middle"}, {"small"}
+    assert visited(replay=0.25) == visited(replay=0.25, visit_tokens=100) == [large, large, middle, middle], "three rows a batch are the domain's"
+    assert visited(visit_tokens=10) == visited(visit_tokens=90) == [large, middle, small, large], "at least one batch, and 1.4 are one"
+
+
+def test_a_stream_of_any_length_knows_how_much_it_holds(folder, monkeypatch):
+    monkeypatch.setattr(stream, "token_files", lambda *_: {"a": np.broadcast_to(np.uint16(1), 10**13)})
+    assert make(folder, max_tokens=10**13 // (ROWS * T) * ROWS * T).total_tokens == 10**13
+    with pytest.raises(UserError, match="holds 10,000,000,000,000 tokens"):
+        make(folder, max_tokens=10**13 + 1)
 
 
 def test_a_long_document_runs_through_consecutive_rows(folder):
