@@ -72,6 +72,7 @@ def load(place: Path, arm: str | None) -> dict[str, Tensor]:
     if not files:
         raise UserError(f"{place}: expected a checkpoint folder with model_<step>.pt or state_rank0.pt in it, found neither")
     data = torch.load(files[-1], map_location="cpu", weights_only=True)
+    data.pop("routing_embedding", None)  # a model kept out of Phase B brings Phase A's embeddings along
     if "arms" not in data:
         return data
     if arm not in data["arms"]:
