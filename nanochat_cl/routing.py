@@ -173,7 +173,8 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None) -> None:
     lengths = tuple(b - a for a, b in zip(starts, [*starts[1:], T]))
     frozen = getattr(model, "routing_embedding", None)
     table = model.transformer.wte.weight if frozen is None else frozen
-    everywhere = common(model.token_count, table)  # as counted before this batch, which must not take part in its own routing
+    # As counted before this batch, which must not take part in its own routing. It costs V x n, so not where no chunk starts.
+    everywhere = common(model.token_count, table) if starts else None
     counting = model.training and frozen is None
     if counting:
         ones = torch.ones_like(idx.flatten(), dtype=torch.float32)
