@@ -44,6 +44,7 @@ class PhaseB:
         self.state: dict[str, Any] = {"step": 0, "stream_hash": hashlib.sha256().hexdigest(), "records": [],
                                       "checkpoint_s": 0.0, "data_s": 0.0}
         self.choices = {learner.name: self.routed(learner) for learner in learners if learner.sparse}
+        self.constant = {learner.name: exam.constant_share(learner.model.config.cl) for learner in learners if learner.sparse}
         self.log, self.begun_s, self.begun_step = None, time.perf_counter(), 0
         self.threads = ThreadPoolExecutor(2)  # one reads, one writes
         self.saving: tuple[Future, int, list[dict]] | None = None  # this rank's part of a state, its step and its records
@@ -174,7 +175,7 @@ class PhaseB:
             "subdomain": stream.current(step - 1) if step else None, "seen": stream.seen(step),
             "train_loss": learner.loss_sum / count if count else None, "lr_mult": lr_mult, "stream_hash": self.state["stream_hash"],
             "final": step == self.steps, "confirmatory": self.args.confirmatory, "schedule": self.args.sizes["schedule"],
-            "profile": self.args.profile, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.exam.constant_share}
+            "profile": self.args.profile, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.constant.get(learner.name, {})}
 
     def save(self) -> None:
         """Copy the state to main memory; this rank's part is written while training goes on, and counts when `saved` is through."""

@@ -49,6 +49,7 @@ def test_every_arm_has_a_record_at_every_milestone_and_its_figures_agree(both):
     assert [(r["arm"], r["step"]) for r in both] == [(arm, step) for step in (0, 4, 8, 10) for arm in ("dense", "cl")]
     for r in both:
         assert r["tokens"] == 256 * r["step"] == r["unique_tokens"] and r["final"] == (r["step"] == 10)
+        assert set(r["constant_share"]) == ({"domain", "general", "floor"} if r["arm"] == "cl" else set())
         assert r["flops"] == r["tokens"] * r["flops_per_token"] and r["phase_a_flops"] == r["phase_a_tokens"] * r["flops_per_token"]
         for split in ("val", "test"):
             domain, general = r["domain"][split], r["general"][split]
