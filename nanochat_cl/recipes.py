@@ -37,7 +37,8 @@ class Recipe:
     weight_decay: float = option(0.0, "of the Muon groups, constant; AdamW groups keep nanochat's constants")
     replay: float = option(0.0, "share of general text in every batch")
     plasticity: str = option("all", "which weights may learn: all, frozen-shared[:factor], budget:p, see nanochat_cl/plasticity.py")
-    release: str = option("all", "blocks of a reserve that may work in Phase B: all, none, or so many at each milestone")
+    release: str = option("all", "blocks of a reserve that may work in Phase B: all, none, or so many at each milestone, each of which "
+                          "compiles the model anew until a quarter of the reserve is out")
     newcomers: str = option("random", "how passages come to choose released blocks: random or passages, see nanochat_cl/growth.py")
 
     def __post_init__(self):
