@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from nanochat_cl import runs
+from nanochat_cl import routing, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.holdout import digest
 from nanochat_cl.sources import read_parquet
 
-FIRST_CHUNK = 16  # positions that Model-CL routes by a learned constant: nothing was read yet
+FIRST_CHUNK = 16  # positions that Model-CL routes by a learned constant, unless its chunks are shorter: nothing was read yet
 MIN_CHARS = 1024  # such documents are preferred: of a short one, a large share is in the first chunk
 
 
@@ -106,7 +107,9 @@ def summary(panel: Panel, scores: np.ndarray) -> dict:
     return {"bpb": float(np.mean([s["bpb"] for s in subdomains.values()])), "subdomains": subdomains}
 
 
-def constant_share(panel: Panel) -> float:
-    """Share of the scored tokens that are predicted at a position < FIRST_CHUNK, hence under Model-CL's constant choice."""
-    constant = sum(max(min(len(s) - 1, FIRST_CHUNK) - (first - 1), 0) for s, first in zip(panel.sequences, panel.first))
-    return constant / sum(len(s) - first for s, first in zip(panel.sequences, panel.first))
+def constant_share(panel: Panel, cl: dict[str, Any]) -> float:
+    """Share of the scored tokens that a Model-CL of this `cl` predicts under its constant choice; the panel is not empty."""
+    ids = torch.full((1, max(map(len, panel.sequences)) - 1), -1)
+    ids[0, 0] = cl["bos"]
+    constant = routing.coverage(ids, cl)[0][0]  # of a shorter sequence it is the beginning
+    return torch.cat([constant[first - 1:len(s) - 1] for s, first in zip(panel.sequences, panel.first)]).float().mean().item()

@@ -126,12 +126,18 @@ class Exam:
             own = sorted((base / "eval" / group).glob("*.jsonl")) + sorted(domain_dir.glob(f"{group}/*.jsonl"))  # the recipe's questions
             self.full[group] = core(base / "eval_bundle", group, probe_items) + [item for path in own for item in read(path, probe_items)]
         self.full["facts"] += cloze(training_texts(base), probe_items)
-        self.constant_share = {"domain": evaluate.constant_share(self.domain["test"]), "general": evaluate.constant_share(self.general["test"])}
+        asked = {**self.full, "floor": self.light + self.full["floor"]}
+        self.panels = {"domain": self.domain["test"], "general": self.general["test"],
+                       **{group: probes.panel(tokenizer, items, seq_len, rows) for group, items in asked.items() if items}}
         general, domain = self.general["val"].sequences, self.domain["val"]
         prompts = *general[:PROMPTS], *(domain.sequences[domain.subdomains.index(name)] for name in self.subdomains[:PROMPTS])
         self.prompts = [sequence[:PROMPT_TOKENS].tolist() for sequence in prompts]
         longest = max(map(len, general))
         self.routed = torch.from_numpy(np.stack([sequence for sequence in general if len(sequence) == longest][:ROUTED_ROWS]))
+
+    def constant_share(self, cl: dict[str, Any]) -> dict[str, float]:
+        """For each panel, whatever the tier, the share of what is scored that a Model-CL of this `cl` predicts under its constant choice."""
+        return {name: evaluate.constant_share(panel, cl) for name, panel in self.panels.items()}
 
     def scores(self, model: torch.nn.Module, pause: Callable[[], None], full: bool = True) -> dict[str, Any]:
         """The entries domain, general and floor of a record, if full facts, questions and plasticity too; pause() where one may stop."""

@@ -46,9 +46,9 @@ def rows(rule: str, drawn: Tensor, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def grow(model: torch.nn.Module, release: str, newcomers: str, milestone: int, idx: Tensor) -> None:
-    """Release what is due at `milestone`; idx (B, T) is the text that comes next. A model without a reserve stays as it is."""
+    """Release what is due at `milestone`, and take nothing back; idx (B, T) is the text that comes next."""
     cl = getattr(model.config, "cl", None)
-    if cl is None or (now := released(release, cl["held"], milestone)) == cl["released"]:
+    if cl is None or (now := released(release, cl["held"], milestone)) <= cl["released"]:
         return
     for mlp in routing.parts(model)[0]:
         new = mlp.router[mlp.routed - mlp.held:][cl["released"]:now]

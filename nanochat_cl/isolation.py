@@ -56,14 +56,18 @@ def audited_step(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> Iterator[tuple[str, int, int, str]]:
     """
     For every parameter of two state dicts: name, pieces that are bit for bit the same, pieces, and for blocks and heads, one by one, the
-    relative change |b - a| / |a| (0 where no bit differs, inf from zero). Pieces are blocks, heads or rows.
+    relative change |b - a| / |a| ("=" where no bit differs, inf from zero). Pieces are blocks, heads or rows.
     """
     for name, old in a.items():
         x, y = (t.flatten(1) if t.ndim > 1 else t[None] for t in (old, b[name]))
         same = (bits(x) == bits(y)).all(1)
-        change = (y.float() - x.float()).norm(dim=1) / x.float().norm(dim=1)
-        each = " ".join("=" if still else f"{c:.2g}" for still, c in zip(same.tolist(), change.tolist())) if old.ndim == 3 else ""
-        yield name, int(same.sum()), len(same), each or f"{((y.float() - x.float()).norm() / x.float().norm()).item():.2g}"
+        change, size = (y.float() - x.float()).norm(dim=1), x.float().norm(dim=1)
+        each = " ".join("=" if still else relative(*c) for still, *c in zip(same.tolist(), change, size)) if old.ndim == 3 else ""
+        yield name, int(same.sum()), len(same), each or relative(change.norm(), size.norm())
+
+
+def relative(change: Tensor, size: Tensor) -> str:
+    return f"{change / size if change else 0.0:.2g}"
 
 
 def load(place: Path, arm: str | None) -> dict[str, Tensor]:
@@ -72,6 +76,7 @@ def load(place: Path, arm: str | None) -> dict[str, Tensor]:
     if not files:
         raise UserError(f"{place}: expected a checkpoint folder with model_<step>.pt or state_rank0.pt in it, found neither")
     data = torch.load(files[-1], map_location="cpu", weights_only=True)
+    data.pop("routing_embedding", None)  # a model kept out of Phase B brings Phase A's embeddings along
     if "arms" not in data:
         return data
     if arm not in data["arms"]:

@@ -6,7 +6,7 @@ B rows, T positions, L layers, R routed blocks.
 import math
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class Learner:
         if arm.rows:
             plasticity.mark_rows(self.model, self.optimizer)
         self.sparse = phase_a.config.get("cl") is not None
+        self.general = {name: t.clone() for name, t in self.model.state_dict().items() if name.endswith(".usage")}  # steps count anew
         rule = plasticity.parse(recipe.plasticity)  # a budget of blocks means nothing to a dense model
         self.plastic = plasticity.begin(rule if self.sparse else replace(rule, budget=1.0), self.model, self.optimizer)
         routing.freeze(self.model, self.optimizer)
@@ -199,6 +200,13 @@ class Learner:
         constant, own = (self.covered / self.count).tolist()
         return {**each[0], "heads": each[1] if each[1:] else None, "released": self.model.config.cl["released"],
                 "constant_share": constant, "own_share": own, "audited": self.audited}
+
+    def kept(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Weights and config of a checkpoint that routes as this model does, wherever it is loaded; its counters `usage` are Phase A's."""
+        config, weights = asdict(self.model.config), lora.merged(self.model, self.model.state_dict()) | self.general
+        if self.sparse:
+            config["cl"]["frozen"], weights["routing_embedding"] = True, self.model.routing_embedding
+        return weights, config
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state is each rank's own, the model rank 0's."""

@@ -9,7 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from nanochat import checkpoint_manager
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nanochat_cl import files, lora, machine, metrics, plasticity, routing, runs
+from nanochat_cl import files, machine, metrics, plasticity, routing, runs
 from nanochat_cl.exam import Exam
 from nanochat_cl.learner import Learner, cost
 from nanochat_cl.recipes import multiplier
@@ -71,6 +71,7 @@ class PhaseB:
         self.state: dict[str, Any] = {"step": 0, "stream_hash": hashlib.sha256().hexdigest(), "records": [],
                                       "checkpoint_s": 0.0, "data_s": 0.0}
         self.choices = {learner.name: self.routed(learner) for learner in learners if learner.sparse}
+        self.constant = {learner.name: exam.constant_share(learner.model.config.cl) for learner in learners if learner.sparse}
         self.log, self.begun_s, self.begun_step = None, time.perf_counter(), 0
         self.threads = ThreadPoolExecutor(2)  # one reads, one writes
         self.saving: tuple[Future, int, list[dict]] | None = None  # this rank's part of a state, its step and its records
@@ -159,13 +160,15 @@ class PhaseB:
         """With a floor guard: the arm's best model within it, where it is the newest, as a checkpoint that nanochat's own scripts load."""
         if self.args.floor_guard is None or (best := within(records, learner.name, self.args.floor_guard))["step"] != self.state["step"]:
             return
-        place, step = learner.phase_a.place.with_name(f"{self.args.name}_{learner.name}_kept"), best["step"]
-        config, val_bpb = asdict(learner.model.config), best["general"]["val"]["bpb"]
-        meta = {**learner.phase_a.meta, "step": step, "val_bpb": val_bpb, "model_config": config}
-        weights = lora.merged(learner.model, learner.model.state_dict())
+        place, step, (weights, config) = learner.phase_a.place.with_name(self.tag(learner.name)), best["step"], learner.kept()
+        meta = {**learner.phase_a.meta, "step": step, "val_bpb": best["general"]["val"]["bpb"], "model_config": config}
         checkpoint_manager.save_checkpoint(str(place), step, weights, None, meta, runs.ranks()[0])
         for older in {*place.glob("*.*")} - {*place.glob(f"*_{step:06d}.*")}:  # no longer the best
             older.unlink(missing_ok=True)
+
+    def tag(self, arm: str) -> str:
+        """Folder in base_checkpoints of the model that a floor guard keeps."""
+        return f"{self.args.name}_{arm}_kept".replace("/", "_")
 
     def record(self, learner: Learner, pause: Callable[[], None]) -> dict[str, Any]:
         """One line of records.jsonl."""
@@ -206,7 +209,7 @@ class PhaseB:
             "subdomain": stream.current(step - 1) if step else None, "seen": stream.seen(step),
             "train_loss": learner.loss_sum / count if count else None, "lr_mult": lr_mult, "stream_hash": self.state["stream_hash"],
             "final": step == self.steps, "confirmatory": self.args.confirmatory, "schedule": self.args.sizes["schedule"],
-            "profile": self.args.profile, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.exam.constant_share}
+            "profile": self.args.profile, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.constant.get(learner.name, {})}
 
     def save(self) -> None:
         """Copy the state to main memory; this rank's part is written while training goes on, and counts when `saved` is through."""
@@ -271,7 +274,7 @@ class PhaseB:
             best = within(self.state["records"], name, guard)
             lines.append(f"evolve | floor guard {guard:g}: the best {name} within it is milestone {best['milestone']}, {machine.short(best['tokens'])} "
                          f"tokens{'' if best['step'] else ' (Phase A itself)'}, domain {best['domain']['val']['bpb']:.3f} bpb; sample from it: "
-                         f"python -m nanochat_cl.script scripts.base_eval --eval sample --model-tag {self.args.name}_{name}_kept")
+                         f"python -m nanochat_cl.script scripts.base_eval --eval sample --model-tag {self.tag(name)}")
         return lines
 
 

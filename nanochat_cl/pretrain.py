@@ -81,8 +81,6 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     flags = args.flags
     if other := arms.named(args.arm).phase_a:
         raise UserError(f"the arm {args.arm} differs in Phase B only: pretrain {other}, which it starts from")
-    if args.options.get("backend") == "slice":
-        raise UserError("--backend slice is for decoding, where one choice serves all; expected auto, masked or bmm")
     if args.arm != "dense" and (flags["fp8"] or flags["target_flops"] > 0):
         raise UserError(f"with --fp8 or --target-flops the arm {args.arm} would not train as dense does: leave them out "
                         f"(--num-iterations sets the horizon of both)")
@@ -159,6 +157,8 @@ def pretrain(args: argparse.Namespace) -> None:
     flags, (vocabulary, token_bytes), who = args.flags, tokenizer.load(args.profile), f"pretrain | {args.arm} s{args.seed}"
     config = model_config(flags, vocabulary.get_vocab_size())
     cl = arms.cl(config["n_embd"], config["n_head"], vocabulary.get_bos_token_id(), args.arm, **args.options)
+    if cl is not None and cl["backend"] == "slice":
+        raise UserError(f"arm {args.arm}: the backend slice is for decoding, where one choice serves all; expected auto, masked or bmm")
     flags["model_tag"] = flags["model_tag"] or f"d{flags['depth']}_{args.arm}_s{args.seed}"
     folder = Path(get_base_dir()) / "base_checkpoints" / flags["model_tag"]
     record = begun(folder, {

@@ -158,21 +158,25 @@ def items(per_kind: int, seed: int = 0) -> list[Item]:
     return made
 
 
+def panel(tokenizer, items: list[Item], seq_len: int, rows: int) -> evaluate.Panel:
+    """Every choice of every item in turn, after BOS and its context; scored is the choice. Of more than `seq_len` tokens the end is kept."""
+    contexts = (item.context if isinstance(item.context, tuple) else (item.context,) * len(item.choices) for item in items)
+    pairs = [pair for item, own in zip(items, contexts) for pair in zip(own, item.choices)]
+    ids = dict(zip(texts := sorted({text for pair in pairs for text in pair}), tokenizer.encode(texts)))
+    sequences = [[tokenizer.get_bos_token_id(), *(ids[context] + ids[choice])[-seq_len:]] for context, choice in pairs]
+    first = [max(len(sequence) - len(ids[choice]), 1) for sequence, (_, choice) in zip(sequences, pairs)]
+    return evaluate.plan([choice for _, choice in pairs], sequences, rows, first)
+
+
 def score_probes(model: torch.nn.Module, tokenizer, token_bytes: torch.Tensor, items: list[Item], rows: int) -> dict[str, dict]:
     """
     {kind: {"accuracy", "gold_bpb", "chance", "levels": accuracies, "items": [[gold_bpb, correct], ...]}}: bits per byte of the right choice
-    given its context (mean over items), how often it is the likeliest, at each level (where items have one), and would be by chance. Of
-    what exceeds the model's sequence_len the end is kept.
+    given its context (mean over items), how often it is the likeliest, at each level (where items have one), and would be by chance.
     """
-    asked, bos = {}, tokenizer.get_bos_token_id()
+    asked = {}
     for greedy in (False, True):
         mine = [item for item in items if (len(item.choices) == 1) == greedy]
-        contexts = (item.context if isinstance(item.context, tuple) else (item.context,) * len(item.choices) for item in mine)
-        pairs = [pair for item, own in zip(mine, contexts) for pair in zip(own, item.choices)]
-        ids = dict(zip(texts := sorted({text for pair in pairs for text in pair}), tokenizer.encode(texts)))
-        sequences = [[bos, *(ids[context] + ids[choice])[-model.config.sequence_len:]] for context, choice in pairs]
-        first = [max(len(sequence) - len(ids[choice]), 1) for sequence, (_, choice) in zip(sequences, pairs)]
-        scores = evaluate.score(model, evaluate.plan([choice for _, choice in pairs], sequences, rows, first), token_bytes, greedy)
+        scores = evaluate.score(model, panel(tokenizer, mine, model.config.sequence_len, rows), token_bytes, greedy)
         for item, end in zip(mine, np.cumsum([len(item.choices) for item in mine], dtype=int)):
             nats, size, *missed = scores[end - len(item.choices):end].T
             right = missed[0][0] == 0 if greedy else np.argmin(nats / size if item.per_byte else nats) == item.gold

@@ -173,7 +173,8 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None) -> None:
     lengths = tuple(b - a for a, b in zip(starts, [*starts[1:], T]))
     frozen = getattr(model, "routing_embedding", None)
     table = model.transformer.wte.weight if frozen is None else frozen
-    everywhere = common(model.token_count, table)  # as counted before this batch, which must not take part in its own routing
+    # As counted before this batch, which must not take part in its own routing. It costs V x n, so not where no chunk starts.
+    everywhere = common(model.token_count, table) if starts else None
     counting = model.training and frozen is None
     if counting:
         ones = torch.ones_like(idx.flatten(), dtype=torch.float32)
@@ -229,6 +230,8 @@ def init(model: torch.nn.Module) -> None:
                 part.balance.zero_()
                 part.usage.zero_()
     release(model, model.config.cl["released"])
+    if model.config.cl.get("frozen"):  # a checkpoint out of Phase B, which holds the table
+        model.register_buffer("routing_embedding", wte.detach().clone())
 
 
 def release(model: torch.nn.Module, count: int) -> None:
@@ -239,15 +242,15 @@ def release(model: torch.nn.Module, count: int) -> None:
         part.joining = min(part.join, count)
 
 
-def freeze(model: torch.nn.Module, optimizer: torch.optim.Optimizer, table: Tensor | None = None) -> None:
+def freeze(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """
-    From now on the same passage chooses the same blocks: features come from a copy of the token embeddings (`table`, when the model
-    isn't at the state to be kept), token counts stand, routers and balance get a learning rate of 0. A dense model is left as it is.
+    From now on the same passage chooses the same blocks: features come from a copy of the token embeddings, or from the one that a
+    checkpoint out of Phase B brought; token counts stand, routers and balance get a learning rate of 0. A dense model is left as it is.
     """
     if getattr(model.config, "cl", None) is None:
         return
-    table = model.transformer.wte.weight if table is None else table
-    model.register_buffer("routing_embedding", table.detach().clone(), persistent=False)
+    if not model.config.cl.get("frozen"):
+        model.register_buffer("routing_embedding", model.transformer.wte.weight.detach().clone(), persistent=False)
     for group in optimizer.param_groups:
         if group.get("routing"):
             group["lr"] = group["initial_lr"] = 0.0

@@ -8,8 +8,6 @@ Verified: tests/test_isolation.py.
 """
 import functools
 
-import torch
-
 # `rows` of a group: pieces of a row that are left alone each by itself, one for each head whose value embedding it holds; else 1.
 SIGNATURE = ("self", "group", "info", "gather_list", "rank", "world_size")
 

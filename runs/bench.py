@@ -27,10 +27,15 @@ from nanochat_cl import command, files, machine, upstream
 
 NO_GPU = {"unmeasured": "this machine has no GPU; the same command measures it on one"}
 NO_CPU = {"unmeasured": "a GPU was measured; with CUDA_VISIBLE_DEVICES= before the command it is the CPU"}
-MLP_NOTE = """FLOPs over dense is the least that time over dense could be. `masked`, the reference, computes every block; `slice` has one choice for
-all chunks; `auto` is the default. Of "routed 1/4
-by itself" all blocks are routed and each chunk uses a quarter of them. Chunks begin at 0, 16, 32, ... below C, as routing has them, but
-for the last line."""
+MLP_NOTE = """FLOPs over dense is the least that time over dense could be. `masked`, the reference, computes every block; `slice` has
+one choice for all chunks; `auto` is the default. Of "routed 1/4 by itself" all blocks are routed and each chunk uses a quarter of them.
+Chunks begin at 0, 16, 32, ... below C, as routing has them, but for the last line."""
+MODEL_NOTE = """The FLOP ceiling is how many times as fast Model-CL would be if time followed FLOPs. At depth 4 heads of 128 are two,
+and of so few none is routed; of heads of 64, three of four are."""
+CPU_NOTE = """On 2 cores of an AMD EPYC, in bfloat16, 0.90 of the ceiling is out of reach (2026-11-27): of dense's 656 ms a step (d4, 8
+x 512 tokens, V=4096, torch.profiler) the matmuls of the MLPs take 136, attention 166, softcap and cross-entropy 63, the optimizer 69.
+With 3/8 of the 136 and nothing else changed a step is 1.15 times as fast; the ceiling of 1.39 counts FLOPs, of which the MLPs have a
+larger share."""
 Results = dict[str, list[dict[str, Any]]]  # of each side, one per round
 
 
@@ -146,7 +151,7 @@ def layers_table(measured: dict[str, dict[str, Any]]) -> str:
 
 def cpu_dtypes() -> tuple[str, ...]:
     """float32 is nanochat's choice on a CPU, bfloat16 that of the cpu profile where the processor has it."""
-    return ("float32", "bfloat16") if machine.compute_dtype()[0] else ("float32",)
+    return ("float32", "bfloat16") if machine.compute_dtype() else ("float32",)
 
 
 def models(depths: Sequence[int], on_gpu: bool) -> list[Case]:
@@ -179,15 +184,19 @@ def bench_blocks(args: argparse.Namespace, base: Path, on_gpu: bool) -> str:
     kernels = (("SDPA, L", "sdpa", "L"), ("FA3, SSSL", "fa3", "SSSL")) if on_gpu else (("SSSL", "", "SSSL"),)
     cases = [replace(case, name=f"{case.name}, {how}", attention=attention, pattern=pattern)
              for case in models(args.depth or ((20,) if on_gpu else (4,)), on_gpu) for how, attention, pattern in kernels]
-    sides = {arm: {"arm": arm} for arm in ("dense", "cl")}
-    measured = {case.name: alternate(case, sides, args.rounds, args.steps, base) for case in cases}
+    if not on_gpu:
+        cases.append(replace(cases[-1], name=f"{cases[-1].name}, heads of 64", head_dim=64))
+    measured, flops = ({case.name: alternate(case, {"dense": {"arm": "dense"}, arm: {"arm": arm}}, args.rounds, args.steps, base)
+                        for case in some} for arm, some in (("cl", cases), ("cl-flops", cases if on_gpu else [])))
     if on_gpu:
         layers["on a CPU"], measured["d4 on a CPU"] = NO_CPU, {"dense": [NO_CPU], "cl": [NO_CPU]}
     else:
         layers["n=1280, 32 x 2048 tokens, bfloat16, on a GPU"] = NO_GPU
-        measured |= {f"d20 on a GPU, {how}": {"dense": [NO_GPU], "cl": [NO_GPU]} for how in ("SDPA, L", "FA3, SSSL")}
-    return "\n\n".join(["## One MLP", MLP_NOTE, layers_table(layers), "## The whole model", pairs_table(measured, "cl", "dense"),
-                        steps_table(measured)])
+        for found, arm in ((measured, "cl"), (flops, "cl-flops")):
+            found |= {f"d20 on a GPU, {how}": {"dense": [NO_GPU], arm: [NO_GPU]} for how in ("SDPA, L", "FA3, SSSL")}
+    return "\n\n".join(["## One MLP", MLP_NOTE, layers_table(layers), "## The whole model", MODEL_NOTE, *([] if on_gpu else [CPU_NOTE]),
+                        pairs_table(measured, "cl", "dense"), steps_table(measured), "## Matched by FLOPs, twice the width",
+                        pairs_table(flops, "cl-flops", "dense"), steps_table(flops)])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -28,6 +28,7 @@ class Case:
     micro: int = 4
     dtype: str = ""       # NANOCHAT_DTYPE; "": what the tree chooses
     attention: str = ""   # fa3 | sdpa; "": what the tree chooses
+    head_dim: int = 128
     pattern: str = ""     # of windows; "": SSSL, but L where a GPU has no FA3, as nanochat advises
 
 
@@ -62,10 +63,11 @@ def train_steps(case: Case, arm: str, steps: int, started: float) -> dict[str, A
                 return super().get(*args, **kwargs)
         dataloader.SimpleQueue = Watched
 
-    words, heads = tokenizer.get_tokenizer(), -(-case.depth * 64 // 128)
-    cl = arms.cl(128 * heads, heads, words.get_bos_token_id(), arm) if arm else None
+    words, heads = tokenizer.get_tokenizer(), -(-case.depth * 64 // case.head_dim)
+    cl = arms.cl(case.head_dim * heads, heads, words.get_bos_token_id(), arm) if arm else None
     config = gpt.GPTConfig(sequence_len=case.seq_len, vocab_size=words.get_vocab_size(), n_layer=case.depth, n_head=heads, n_kv_head=heads,
-                           n_embd=128 * heads, window_pattern=case.pattern or ("L" if on_gpu and not flash_attention.USE_FA3 else "SSSL"),
+                           n_embd=case.head_dim * heads,
+                           window_pattern=case.pattern or ("L" if on_gpu and not flash_attention.USE_FA3 else "SSSL"),
                            **({"cl": cl} if cl else {}))
     with torch.device("meta"):
         model = gpt.GPT(config)

@@ -53,6 +53,19 @@ def test_what_a_machine_cannot_run_is_said_to_be_unmeasured():
         assert len({line.count("|") for line in text.splitlines()}) == 1, text
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_blocks_are_measured_beside_dense_on_a_gpu_matched_by_flops_too(monkeypatch, on_gpu):
+    asked = []
+    monkeypatch.setattr(bench, "call", lambda work, environment, **arguments: asked.append(arguments) or bench.NO_GPU)
+    text = bench.bench_blocks(bench.parse(["blocks", "--rounds", "1", "--steps", "1"]), upstream.REPO, on_gpu)
+    models = [(a["case"]["depth"], a["case"]["head_dim"], a["case"]["pattern"], a["arm"]) for a in asked if "case" in a]
+    if on_gpu:
+        assert models[0] == (20, 128, "L", "dense") and text.count("cl-flops |") == 2 and "on a CPU | UNMEASURED" in text
+    else:
+        assert models[-1] == (4, 64, "SSSL", "dense") and "1.15 times as fast" in text, "of four heads of 64 three are routed"
+    assert "d20 on a GPU, FA3, SSSL | cl-flops | UNMEASURED" in text or on_gpu
+
+
 def test_memory_that_is_short_halves_the_rows_of_all_sides(monkeypatch):
     asked = []
     def call(work, environment, case, arm, **arguments):

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 from nanochat_cl import arms, blocks
@@ -82,16 +82,21 @@ def compared(mlp, x, made, backends):
 
 
 @given(st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 14), st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@example(1, [3, 70], 14, 0)  # k = G, a batch of one: every routed block is chosen
+@example(2, [9], 4, 1)       # one chunk a row, shorter than the first boundary
+@example(1, [2, 64], 1, 2)   # two chunks, a block each: twelve that nobody chose
+@settings(max_examples=12, deadline=None)
 def test_every_backend_agrees_with_the_masked_reference_forward_and_backward(rows, lengths, k, seed):
-    """One row and one chunk, and k = all of the 14 routed blocks, are among these shapes."""
     mlp = layer(seed=seed)
     made = decision(rows, lengths, mlp.routed, k, seed)
     compared(mlp, torch.randn(rows, sum(lengths), 32, generator=torch.Generator().manual_seed(seed)), made, ("bmm", "auto"))
 
 
 @given(st.integers(1, 2), st.integers(1, 150), st.sampled_from([1, 4, 16, 63, 64, 65, 96]), st.integers(0, 10_000))
-@settings(max_examples=12, deadline=None)
+@example(1, 7, 64, 0)        # T below the first boundary, a batch of one
+@example(2, 149, 64, 1)      # T no multiple of the chunk
+@example(1, 130, 65, 2)      # and a multiple, of a chunk that bmm computes
+@settings(max_examples=9, deadline=None)
 def test_chunks_as_routing_cuts_them_agree_whatever_the_length(rows, T, chunk, seed):
     """Real boundaries: T below the first one, T no multiple of the chunk, token-level ones, short and long chunks around `blocks.SHORT`."""
     mlp, starts = layer(seed=seed), boundaries(T, chunk)
@@ -107,7 +112,9 @@ def test_short_and_long_chunks_may_alternate(lengths, seed):
 
 
 @given(st.integers(1, 3), st.lists(st.integers(1, 70), min_size=1, max_size=4), st.integers(1, 14), st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@example(2, [16, 70], 1, 0)  # all chunks of all rows on one block
+@example(1, [5], 14, 1)      # k = G, one short chunk
+@settings(max_examples=12, deadline=None)
 def test_where_all_chunks_made_one_choice_a_slice_computes_what_masked_does(rows, lengths, k, seed):
     mlp = layer(seed=seed)
     same = torch.randperm(14, generator=torch.Generator().manual_seed(seed))[:k].expand(rows, len(lengths), k).contiguous()

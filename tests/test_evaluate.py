@@ -178,7 +178,8 @@ def test_the_summary_weighs_sub_domains_alike_and_documents_by_their_bytes():
     assert evaluate.bpb(1.0, 0) == math.inf
 
 
-def test_the_constant_share_counts_targets_of_the_first_sixteen_positions():
-    panel = evaluate.plan(["x"] * 3, [[BOS] * 65, [BOS] * 11, [BOS] * 41], rows=1, first=[1, 1, 13])
+def test_the_constant_share_is_the_arms_own_and_counts_scored_tokens_only():
+    panel = evaluate.plan(["x"] * 3, [[BOS, *range(1, n)] for n in (65, 11, 41)], rows=1, first=[1, 1, 13])
     # 64 targets, 16 early; 10, all early; targets 13..40 are predicted at positions 12..39, 4 of the 28 early
-    assert evaluate.constant_share(panel) == pytest.approx((16 + 10 + 4) / (64 + 10 + 28))
+    for changed, early in (({}, 16 + 10 + 4), ({"reach": "row"}, 16 + 10 + 4), ({"chunk": 8}, 8 + 8), ({"reach": "token", "chunk": 1}, 1 + 1)):
+        assert evaluate.constant_share(panel, {"bos": BOS, "reach": "bos", "chunk": 512, **changed}) == pytest.approx(early / (64 + 10 + 28)), changed

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import toy_phase_a
-from nanochat_cl import accounting, evolve, files, patching, phase_b, runs
+from nanochat_cl import accounting, evolve, files, isolation, patching, phase_b, routing, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.stream import Stream
 from nanochat_cl.upstream import REPO
@@ -59,6 +59,7 @@ def test_every_arm_has_a_record_at_every_milestone_and_its_figures_agree(both):
     assert [(r["arm"], r["step"]) for r in both] == [(arm, step) for step in (0, 4, 8, 10) for arm in ("dense", "cl")]
     for r in both:
         assert r["tokens"] == 256 * r["step"] == r["unique_tokens"] and r["final"] == (r["step"] == 10)
+        assert set(r["constant_share"]) == ({"domain", "general", "floor"} if r["arm"] == "cl" else set())
         assert r["flops"] == r["tokens"] * r["flops_per_token"] and r["phase_a_flops"] == r["phase_a_tokens"] * r["flops_per_token"]
         for split in ("val", "test"):
             domain, general = r["domain"][split], r["general"][split]
@@ -189,10 +190,38 @@ def test_the_floor_guard_keeps_the_best_model_within_its_bound_for_nanochats_own
         assert f"the best {arm} within it is milestone {best['milestone']}" in said
     if best["step"] == 10:
         saved = torch.load(base / "base_checkpoints/loose_cl_kept/model_000010.pt", weights_only=True)
-        assert all(torch.equal(value, saved[key]) for key, value in last_state(base, "loose")["arms"]["cl"]["model"].items())
+        assert all(torch.equal(value, saved[key]) for key, value in last_state(base, "loose")["arms"]["cl"]["model"].items() if not key.endswith("usage"))
     command = re.search(r"python -m (nanochat_cl\.script .*loose_cl_kept)", said)[1].split()
     out = subprocess.run([sys.executable, "-m", *command, "--device-type", "cpu"], capture_output=True, text=True, cwd=REPO)
     assert out.returncode == 0 and "The capital of France" in out.stdout, out.stderr[-2000:]
+
+
+def test_the_model_that_was_kept_routes_and_computes_as_the_one_that_was_scored_and_can_go_on(base, monkeypatch):
+    """Embeddings have moved and the counters are a step's: what Phase A made of both is in the checkpoint. The run's name is a path."""
+    from nanochat import checkpoint_manager
+    seen, keep = {}, phase_b.PhaseB.keep_within
+    idx = torch.randint(1, 256, (16, 32), generator=torch.Generator().manual_seed(5))
+
+    def found(model):
+        with torch.no_grad():
+            return model.eval()(idx), routing.choices(model, idx) if hasattr(model.config, "cl") else torch.zeros(0)
+
+    def keeping(self, learner, records):
+        keep(self, learner, records)
+        seen[learner.name, self.state["step"]] = found(learner.model)
+    monkeypatch.setattr(phase_b.PhaseB, "keep_within", keeping)
+    records = run(base, "path/moved", "--floor-guard", "99", "--lr-mult", "3")
+    for arm in ("dense", "cl"):
+        best = phase_b.within(records, arm, 99)
+        assert best["step"] > 0
+        with patching.applied():
+            model = checkpoint_manager.build_model(str(base / f"base_checkpoints/path_moved_{arm}_kept"), best["step"], torch.device("cpu"), "eval")[0]
+            assert all(torch.equal(a, b) for a, b in zip(found(model), seen[arm, best["step"]]))
+    begun = torch.load(base / "base_checkpoints/d2_cl_s42/model_000003.pt", weights_only=True)
+    assert all(torch.equal(t, model.state_dict()[key]) for key, t in begun.items() if key.endswith("usage")), "not Phase A's: budget:p reads them"
+    isolation.main(["audit", str(base / "base_checkpoints/d2_cl_s42"), str(base / "base_checkpoints/path_moved_cl_kept")])
+    again = run(base, "again", "--arms", "cl", "--from", "path_moved_cl_kept", "--optimizer", "reset", "--max-tokens", "256")
+    assert again[0]["domain"] == best["domain"] and again[-1]["blocks"]["agreement"] == 1
 
 
 def test_what_is_within_the_floor_guard_is_the_best_domain_score_of_those_that_lost_no_more():

@@ -106,8 +106,12 @@ def test_a_release_changes_no_logit_and_displaces_nobody(release, newcomers):
             torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=1e-5)
 
 
-def test_a_reserve_that_is_not_released_and_a_model_without_one_stay_as_they_are():
+def test_a_reserve_that_is_not_released_or_was_before_and_a_model_without_one_stay_as_they_are():
     model, _ = phase_a(steps=2)
+    routing.release(model, HELD)
+    growth.grow(model, "3", "random", 0, tokens(2, 64))
+    assert model.config.cl["released"] == HELD, "what works already was taken back"
+    routing.release(model, 0)
     state = {key: t.clone() for key, t in model.state_dict().items()}
     growth.grow(model, "none", "passages", 3, tokens(2, 64))
     assert model.config.cl["released"] == 0 and all(torch.equal(t, state[key]) for key, t in model.state_dict().items())

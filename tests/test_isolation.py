@@ -183,21 +183,31 @@ def run_rank(rank, address, out):
     patching.apply()
     model = build(sizes=dict(n_layer=3))
     optimizer = model.setup_optimizer(weight_decay=0.1)
+    rows = {}
     for step in range(4):
         rank_gradients(model, step, rank)
         optimizer.step()
+        rows[step] = [t.detach().clone() for group in optimizer.param_groups if group.get("rows") for p in group["params"] if len(p) > 8
+                      for t in (p, *(optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")))]
+    torch.save(rows, f"{out}/rows{rank}.pt")
     torch.save({name: p.detach() for name, p in model.named_parameters()}, f"{out}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def rank_gradients(model, step, rank):
-    """Block 3 serves on no rank after the first step, block 4 on rank 0 only, block 5 on rank 1 only."""
+    """Block 3 serves on no rank after the first step, block 4 on rank 0 only, block 5 on rank 1 only; rows of tables and routers alike."""
     give_gradients(model, seed=10 * step + rank)
     for block in model.transformer.h:
         for p in (block.mlp.c_fc.weight, block.mlp.c_proj.weight):
             if step:
                 p.grad[3] = 0
             p.grad[4 if rank else 5] = 0
+    tables = [model.transformer.wte.weight, *(ve.weight for ve in model.value_embeds.values())]
+    for p in (*tables, *(block.mlp.router for block in model.transformer.h)):  # a table of 64 rows is cut in two, each rank steps a half; a router of 16 is stepped whole by both
+        for half in (0, len(p) // 2):
+            if step:
+                p.grad[half + 3] = 0
+            p.grad[half + (4 if rank else 5)] = 0
 
 
 def test_two_ranks_step_and_mask_by_the_reduced_gradient(tmp_path):
@@ -221,6 +231,13 @@ def test_two_ranks_step_and_mask_by_the_reduced_gradient(tmp_path):
     for layer, kept in enumerate(still):
         assert torch.equal(model.transformer.h[layer].mlp.c_fc.weight[3], kept)
         assert not torch.equal(model.transformer.h[layer].mlp.c_fc.weight[4], kept)
+    for rank in range(2):
+        rows, shapes = torch.load(tmp_path / f"rows{rank}.pt"), []
+        for first, last in zip(rows[0], rows[3], strict=True):
+            shapes.append(len(first))
+            same = (first == last).all(1).nonzero().flatten().tolist()
+            assert same == ([3] if len(first) == 32 else [3, 3 + len(first) // 2]), (same, first.shape)
+        assert {64, 32, 16} == set(shapes), "weights whole, moments of tables cut in two, routers whole"
 
 
 def idle_pieces(model):
@@ -353,6 +370,9 @@ def test_the_audit_of_two_checkpoints_prints_the_block_that_differs_and_by_how_m
     weights["transformer.wte.weight"][[7, 9]] *= -1
     weights["transformer.h.0.mlp.c_proj.weight"][3] *= -0.0  # equal to nothing, bit for bit, if it was not zero
     torch.save(weights, b / "model_000003.pt")
+    zero, one = {"x": torch.zeros(2, 3, 4), "y": torch.zeros(5)}, {"x": torch.zeros(2, 3, 4), "y": torch.ones(5)}
+    zero["x"][1] = -0.0
+    assert [(name, change) for name, *_, change in isolation.differing(zero, one)] == [("x", "= 0"), ("y", "inf")]
     found = audit(capsys, a, b)
     differing = {name for name, (same, count, _) in found.items() if same < count}
     assert differing == {"transformer.h.1.mlp.c_fc.weight", "transformer.h.0.attn.c_q.weight", "transformer.wte.weight", "transformer.h.0.mlp.c_proj.weight"}
@@ -362,7 +382,7 @@ def test_the_audit_of_two_checkpoints_prints_the_block_that_differs_and_by_how_m
     assert found["transformer.h.0.mlp.c_proj.weight"][2][3] == "1", "set to zero: changed by all it had"
     rows = len(weights["transformer.wte.weight"])
     assert found["transformer.wte.weight"][:2] == (rows - 2, rows)
-    assert all(same == count and set(change) <= {"=", "0", "nan"} for name, (same, count, change) in found.items() if name not in differing)
+    assert all(same == count and set(change) <= {"=", "0"} for name, (same, count, change) in found.items() if name not in differing)
 
 
 def test_the_audit_compares_phase_a_with_what_phase_b_made_of_it(base, capsys):

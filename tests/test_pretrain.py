@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat_cl import patching, pretrain, upstream
+from nanochat_cl import arms, patching, pretrain, upstream
 from nanochat_cl.command import UserError
 from nanochat_cl.profiles import PROFILES
 from tests import toy_pretraining as toy
@@ -89,13 +89,16 @@ def refused(argv: list[str]) -> str:
     (["--arm=dense-rows"], "pretrain dense"),
     (["--arm=cl", "--target-flops=1e12"], "--target-flops"),
     (["--arm=cl", "--fp8"], "--fp8"),
+    (["--arm=cl", "--backend=slice"], "backend slice is for decoding.*expected auto, masked or bmm"),
+    (["--arm=cl-slice"], "arm cl-slice: the backend slice is for decoding"),
     (["--total-batch-size=500"], "multiple of rows x context x ranks = 256 tokens"),
     (["--total-batch-size=0"], "multiple of rows x context x ranks = 256 tokens"),
     (["--device-batch-size=0"], "positive"),
     (["--resume-from-step=30"], "no step 30 in "),
     (["--eval-tokens=100"], "--eval-tokens must be at least .* = 256"),
 ])
-def test_a_wrong_flag_is_one_line_and_nothing_is_written(here, argv, message):
+def test_a_wrong_flag_or_arm_is_one_line_and_nothing_is_written(here, argv, message, monkeypatch):
+    monkeypatch.setitem(arms.ARMS, "cl-slice", arms.Arm("cl-slice", {"backend": "slice"}))
     assert re.search(message, refused(argv))
     assert not (here / "base_checkpoints").exists()
 

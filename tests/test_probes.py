@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_evaluate import BOS, TOKEN_BYTES, TOKENIZER, tiny_gpt
 
-from nanochat_cl import evaluate, probes
+from nanochat_cl import arms, evaluate, probes
 from nanochat_cl.probes import KINDS, Item
 
 ITEMS = probes.items(240)
@@ -156,10 +156,8 @@ def test_nonce_words_are_many_and_of_one_length():
 
 
 def test_no_procedural_choice_is_predicted_in_the_first_chunk():
-    pairs = [(i.context, choice) for i in ITEMS for choice in i.choices]
-    sequences, first = [[BOS] + TOKENIZER.encode(a) + TOKENIZER.encode(b) for a, b in pairs], [1 + len(TOKENIZER.encode(a)) for a, _ in pairs]
-    assert evaluate.constant_share(evaluate.plan([""] * len(pairs), sequences, 64, first)) == 0
-    shortest = min(len(re.findall(r"\w+|\S", context)) for context, _ in pairs)
+    assert evaluate.constant_share(probes.panel(TOKENIZER, ITEMS, 512, 64), arms.cl(128, 4, BOS, "cl")) == 0
+    shortest = min(len(re.findall(r"\w+|\S", item.context)) for item in ITEMS)
     assert shortest >= 16, f"a tokenizer with a token per word would put choices at position {shortest}"
 
 

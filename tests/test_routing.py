@@ -162,6 +162,15 @@ def test_nanochats_engine_decodes_what_plain_generation_does():
     assert [c[0] for c in column][:until] == [c[1] for c in column][:until] == plain[:until] and until > 5
 
 
+def test_decoding_pools_the_whole_table_only_where_a_chunk_starts(monkeypatch):
+    model, kv_cache, at, common = build(chunk=16).eval(), cache(1), [], routing.common
+    monkeypatch.setattr(routing, "common", lambda *args: at.append(kv_cache.get_pos()) or common(*args))
+    with torch.inference_mode():
+        for part in tokens(1, 50).split([20, *[1] * 30], dim=1):
+            model(part, kv_cache=kv_cache)
+    assert at == [0, 32, 48]
+
+
 def test_use_is_counted_in_training_only():
     model, idx = build(chunk=32), tokens(3, 50)
     model.eval()(idx)
