@@ -131,7 +131,8 @@ def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int, gone:
     every, ours = [r for rows in c.at.values() for r in rows], [r for s in c.seeds for r in c.at[(*c.runs[cl], s)]]
     declared = all(r.get("confirmatory") and r.get("profile") != "cpu" for r in every)
     idle = np.median([r["blocks"]["idle_share"] for r in ours if r.get("blocks")] or [np.nan])
-    constant = max((x for r in ours for x in r.get("constant_share", {}).values()), default=np.nan)
+    shares = [r.get("constant_share", {}) for r in ours]
+    constant = max((share[part] for share in shares for part in ("domain", "general") if part in share), default=np.nan)
     lr, epoch, budget = c.field("lr_mult").mean(1), c.field("epoch").max(), c.field("phase_a_tokens")[[limit, cl], :, 0]
     texts = {r.get("phase_a_text") for i in (limit, cl) for s in c.seeds for r in c.at[(*c.runs[i], s)]}
     peak = lr.max(-1)

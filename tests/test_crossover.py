@@ -254,6 +254,12 @@ def test_a_mean_that_passes_without_its_bands_has_no_crossing_point():
     assert "was ahead at 0.66M of 1.05M tokens and fell behind again: no crossing" in v["sentence"] and v["crossing_tokens"] is None, v["sentence"]
 
 
+def test_short_questions_are_not_the_text_that_must_be_routed():
+    assert claimed(harm=lambda r: r["constant_share"].update(facts=1.0))["verdict"] == "SUPPORTED"
+    v = claimed(harm=lambda r: r["constant_share"].update(general=0.2))
+    assert v["checks"]["routed tokens"]["state"] == "fail" and v["verdict"] == "PARTLY"
+
+
 def test_phase_a_has_read_the_same_text():
     v = claimed(harm=lambda r: r.update(phase_a_text=r["arm"]))
     assert v["checks"]["same Phase A"] == dict(state="fail", found="1,048,576 and 1,048,576 tokens of 2 different texts")

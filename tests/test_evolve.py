@@ -173,7 +173,7 @@ def test_records_say_how_far_and_how_fast_the_weights_move(both):
         assert r["update_ratio"] is None and not any(r["plasticity"]["drift"].values())
     for r in last:
         assert {"attn", "mlp", "wte"} <= set(r["update_ratio"]) and 0 < r["update_ratio"]["mlp"] < r["plasticity"]["drift"]["mlp"] < 2
-        assert 0 < r["update_s"] < r["train_s"] and not {"mfu", "peak_memory_bytes"} & set(r), "a continued run would differ in them"
+        assert 0 < r["update_s"] < r["train_s"] and r["peak_memory_bytes"] > 10**8 and "mfu" not in r, "no peak of a CPU is known"
     assert 0 <= last[1]["blocks"]["unmoved"] <= last[1]["blocks"]["idle_share"], "who ever learned is not unmoved"
 
 
