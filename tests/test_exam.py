@@ -139,7 +139,7 @@ def test_files_in_the_folders_of_the_base_directory_are_asked_beside_all_the_res
     assert all(light["floor"][kind] == scores["floor"][kind] for kind in light["floor"]) and light["domain"] == scores["domain"]
     json.dumps(scores, allow_nan=False)
     shares = asked.constant_share(model.config.cl)
-    assert set(shares) == {"domain", "general", "floor", "facts", "questions"} and shares["facts"] == 1, "short contexts"
+    assert set(shares) == {"domain", "general", "floor", "facts", "questions"} and 0.1 < shares["facts"] < 1, shares
     assert 0.4 < shares["domain"] < 1 and asked.constant_share(model.config.cl | {"reach": "token", "chunk": 1})["facts"] == 0, shares
 
 
