@@ -91,7 +91,8 @@ def build(args: argparse.Namespace) -> None:
     if bad := [path for path in questions if not path.is_file() or [q.name for q in questions].count(path.name) > 1]:
         raise UserError(f"{args.domain} names questions at {bad[0]}: expected a jsonl file there, and no other one of that name")
     evaluation, short = items(folder.parent.parent, questions)
-    compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join([*evaluation, *map(Path.read_text, questions)]))}
+    asked_here = {path.name: path.read_text("utf-8") for path in questions}
+    compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join([*evaluation, *asked_here.values()]))}
     general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
     if made and (made["items"], made["general_files"]) == (compared, general["files"]):
         verify(folder, made["files"])
@@ -100,8 +101,8 @@ def build(args: argparse.Namespace) -> None:
     print(f"domain | {args.domain} -> {folder}", flush=True)
     made = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
     shutil.rmtree(folder / "questions", ignore_errors=True)
-    for path in questions:
-        files.write_text(folder / "questions" / path.name, path.read_text())
+    for name, text in asked_here.items():
+        files.write_text(folder / "questions" / name, text)
     held = [d.text for c in HELD_OUT for d in read_parquet(folder / f"{c}.parquet")]
     made |= corpus.prune(Overlap({"near_domain": held, "near_evaluation": evaluation}, args.workers))
     files.write_json(folder / "corpus.json", made)
