@@ -89,6 +89,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--arms names different arms, and one only with --from; got {', '.join(args.arms)}")
     if (args.floor_guard or 0) < 0:
         raise UserError(f"--floor-guard is how many bpb of general text may be lost, 0 or more, got {args.floor_guard}")
+    if args.floor_guard is not None and args.recipe.max_seq_len:
+        raise UserError("--floor-guard keeps a model for nanochat's scripts, which set attention windows by the context: leave out --max-seq-len")
     if bad := [f"{name} {value}" for name, value in args.sizes.items()
                if (value < (name != "max_tokens") if isinstance(value, int) else not value)]:
         raise UserError(f"sizes must be positive, got {', '.join(bad)}")

@@ -165,6 +165,7 @@ class PhaseB:
         checkpoint_manager.save_checkpoint(str(place), step, weights, None, meta, runs.ranks()[0])
         for older in {*place.glob("*.*")} - {*place.glob(f"*_{step:06d}.*")}:  # no longer the best
             older.unlink(missing_ok=True)
+        runs.write(files.write_json, place / "phase_a.json", {**learner.phase_a.result, "phase_b_tokens": best["tokens"]})
 
     def tag(self, arm: str) -> str:
         """Folder in base_checkpoints of the model that a floor guard keeps."""

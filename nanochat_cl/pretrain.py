@@ -168,7 +168,10 @@ def pretrain(args: argparse.Namespace) -> None:
     if (folder / "phase_a.json").is_file():
         machine.say(f"{who} is complete: {folder}")
         return
-    text = corpus.fingerprint(files.read_json(path)) if (path := Path(DATA_DIR) / "corpus.json").is_file() else None
+    made = files.read_json(path) if (path := Path(DATA_DIR) / "corpus.json").is_file() else {}
+    if made and (strangers := {path.name for path in Path(DATA_DIR).glob("*.parquet")} ^ set(made["files"])):
+        raise UserError(f"{DATA_DIR} and its corpus.json disagree about {', '.join(sorted(strangers))}: move it away, or make the corpus again")
+    text = corpus.fingerprint(made)
     if record.setdefault("text", text) != text:
         raise UserError(f"{folder} was begun on other general text than there is now; delete it, or give another --model-tag")
     saves = math.ceil(horizon(flags, config["vocab_size"])[0] / flags["save_every"]) if flags["save_every"] > 0 else 1

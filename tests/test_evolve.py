@@ -186,7 +186,10 @@ def test_the_floor_guard_keeps_the_best_model_within_its_bound_for_nanochats_own
     said = capsys.readouterr().out
     for arm in ("dense", "cl"):
         best = min((r for r in records if r["arm"] == arm), key=lambda r: r["domain"]["val"]["bpb"])
-        assert best["step"] and kept(base, "loose", arm) == [f"meta_{best['step']:06d}.json", f"model_{best['step']:06d}.pt"]
+        assert best["step"] and kept(base, "loose", arm) == [f"meta_{best['step']:06d}.json", f"model_{best['step']:06d}.pt",
+                                                                       "phase_a.json"]
+        ledger = files.read_json(base / f"base_checkpoints/loose_{arm}_kept/phase_a.json")
+        assert (ledger["tokens"], ledger["phase_b_tokens"]) == (384, best["tokens"]), "not Phase B's steps times Phase A's batch"
         assert f"the best {arm} within it is milestone {best['milestone']}" in said
     if best["step"] == 10:
         saved = torch.load(base / "base_checkpoints/loose_cl_kept/model_000010.pt", weights_only=True)
@@ -391,6 +394,7 @@ BAD = {"an unknown arm": (["--arms", "dense,cll"], "cll.*expected one of dense, 
        "an end of the data without end": (["--max-tokens", "0"], "needs --repeat"),
        "a batch that does not divide": (["--total-batch-size", "200"], "multiple of rows x context x ranks = 128.*got 200"),
        "fewer tokens than a batch": (["--max-tokens", "255"], "less than one batch"),
+       "a guard with other windows": (["--floor-guard", "0.1", "--max-seq-len", "64"], "leave out --max-seq-len"),
        "a negative guard": (["--floor-guard", "-0.1"], "--floor-guard.*got -0.1"),
        "a negative size": (["--milestone-tokens", "-1"], "milestone_tokens -1"),
        "a stream too short": (["--max-tokens", "10000000"], "stream holds .* --repeat"),

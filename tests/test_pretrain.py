@@ -134,6 +134,8 @@ def test_missing_or_broken_text_and_tokenizer_are_named(here, base):
     data.rmdir()
     assert "nanochat_cl.corpus" in refused([])
     shutil.copytree(base / data.name, data)
+    (data / "corpus.json").write_text('{"files": {"shard_00000.parquet": "0", "shard_00001.parquet": "0"}}')
+    assert "disagree about shard_00002.parquet, shard_00003.parquet" in refused([]), "a shard that nothing compared with what is held out"
     shutil.rmtree(here / "tokenizer")
     assert "no usable tokenizer" in refused([]) and "nanochat_cl.tokenizer" in refused([])
     assert not (here / "base_checkpoints").exists()
