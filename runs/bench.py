@@ -32,10 +32,6 @@ one choice for all chunks; `auto` is the default. Of "routed 1/4 by itself" all 
 Chunks begin at 0, 16, 32, ... below C, as routing has them, but for the last line."""
 MODEL_NOTE = """The FLOP ceiling is how many times as fast Model-CL would be if time followed FLOPs. At depth 4 heads of 128 are two,
 and of so few none is routed; of heads of 64, three of four are."""
-CPU_NOTE = """On 2 cores of an AMD EPYC, in bfloat16, 0.90 of the ceiling is out of reach (2026-11-27): of dense's 656 ms a step (d4, 8
-x 512 tokens, V=4096, torch.profiler) the matmuls of the MLPs take 136, attention 166, softcap and cross-entropy 63, the optimizer 69.
-With 3/8 of the 136 and nothing else changed a step is 1.15 times as fast; the ceiling of 1.39 counts FLOPs, of which the MLPs have a
-larger share."""
 Results = dict[str, list[dict[str, Any]]]  # of each side, one per round
 
 
@@ -194,7 +190,7 @@ def bench_blocks(args: argparse.Namespace, base: Path, on_gpu: bool) -> str:
         layers["n=1280, 32 x 2048 tokens, bfloat16, on a GPU"] = NO_GPU
         for found, arm in ((measured, "cl"), (flops, "cl-flops")):
             found |= {f"d20 on a GPU, {how}": {"dense": [NO_GPU], arm: [NO_GPU]} for how in ("SDPA, L", "FA3, SSSL")}
-    return "\n\n".join(["## One MLP", MLP_NOTE, layers_table(layers), "## The whole model", MODEL_NOTE, *([] if on_gpu else [CPU_NOTE]),
+    return "\n\n".join(["## One MLP", MLP_NOTE, layers_table(layers), "## The whole model", MODEL_NOTE,
                         pairs_table(measured, "cl", "dense"), steps_table(measured), "## Matched by FLOPs, twice the width",
                         pairs_table(flops, "cl-flops", "dense"), steps_table(flops)])
 

@@ -62,7 +62,7 @@ def test_blocks_are_measured_beside_dense_on_a_gpu_matched_by_flops_too(monkeypa
     if on_gpu:
         assert models[0] == (20, 128, "L", "dense") and text.count("cl-flops |") == 2 and "on a CPU | UNMEASURED" in text
     else:
-        assert models[-1] == (4, 64, "SSSL", "dense") and "1.15 times as fast" in text, "of four heads of 64 three are routed"
+        assert models[-1] == (4, 64, "SSSL", "dense"), "of four heads of 64 three are routed"
     assert "d20 on a GPU, FA3, SSSL | cl-flops | UNMEASURED" in text or on_gpu
 
 
