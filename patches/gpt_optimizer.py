@@ -36,6 +36,7 @@ def wrap(original):
         muon = next(g for g in optimizer.param_groups if any(p is fc[0] for p in g["params"]))
         adamw = optimizer.param_groups[0]  # the output head's: a router, too, scores features by rows
 
+        learns = not cl.get("frozen")  # routing stays as it was when such a checkpoint was made, in nanochat's own scripts, too
         groups = []
         for group in optimizer.param_groups:
             if kept := [p for p in group["params"] if id(p) not in ours]:
@@ -51,7 +52,7 @@ def wrap(original):
             more(muon, [p for p in heads if p.shape == shape], isolate=cl["isolate"], decay=1.0)
         for shape in sorted({part.router.shape for part in routed}):
             more(adamw, [part.router for part in routed if part.router.shape == shape], routing=True, rows=int(cl["isolate"]),
-                 lr=ROUTER_LR * adamw["lr"], weight_decay=0.0)
-        more(adamw, [part.balance for part in routed], routing=True, lr=BALANCE_STEP, betas=(0.9, 0.95), weight_decay=0.0)
+                 lr=learns * ROUTER_LR * adamw["lr"], weight_decay=0.0)
+        more(adamw, [part.balance for part in routed], routing=True, lr=learns * BALANCE_STEP, betas=(0.9, 0.95), weight_decay=0.0)
         return type(optimizer)(groups)
     return setup_optimizer

@@ -220,6 +220,8 @@ def test_the_model_that_was_kept_routes_and_computes_as_the_one_that_was_scored_
         with patching.applied():
             model = checkpoint_manager.build_model(str(base / f"base_checkpoints/path_moved_{arm}_kept"), best["step"], torch.device("cpu"), "eval")[0]
             assert all(torch.equal(a, b) for a, b in zip(found(model), seen[arm, best["step"]]))
+            rates = {group["initial_lr"] for group in model.setup_optimizer().param_groups if group.get("routing")}
+    assert rates == {0.0}, "routers stand still in nanochat's own scripts, too"
     begun = torch.load(base / "base_checkpoints/d2_cl_s42/model_000003.pt", weights_only=True)
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in begun.items() if key.endswith("usage")), "not Phase A's: budget:p reads them"
     isolation.main(["audit", str(base / "base_checkpoints/d2_cl_s42"), str(base / "base_checkpoints/path_moved_cl_kept")])
