@@ -170,7 +170,8 @@ def matrix(c: Curves, shown: list[int]) -> Figure:
             if r.get("subdomain") in names:
                 ax.add_patch(Rectangle((names.index(r["subdomain"]) - .5, m - .5), 1, 1, fill=False, ec=RED, lw=1.4))
         ax.grid(False)
-        ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        ax.set_xticks(range(len(names)), [name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}" for name in names],
+                      **(dict(rotation=90, fontsize=6) if len(names) > 12 else dict(rotation=45, ha="right", fontsize=8)))
         ax.set_title(c.names[i])
     step = -(-len(c.tokens) // 12)
     axes[0].set_yticks(range(0, len(c.tokens), step), [f"{t / 1e6:.2f}" for t in c.tokens[::step]])

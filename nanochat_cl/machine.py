@@ -79,12 +79,13 @@ def compute_dtype(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
 def describe() -> dict:
     """For the record of a run: what it ran on, hardware and software."""
     import torch
-    gpus = torch.cuda.device_count()
+    gpus, tree = torch.cuda.device_count(), upstream.tree()
+    tree = tree.relative_to(upstream.REPO) if tree.is_relative_to(upstream.REPO) else tree
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=upstream.REPO, capture_output=True, text=True)
     return {"platform": platform.platform(), "cpu": _cpuinfo("model name") or platform.processor(), "cores": os.cpu_count(),
             "device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": gpus, "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "numpy", "tiktoken", "pyarrow")},
-            "commit": git.stdout.strip() or None, "upstream": {"path": str(upstream.tree()), "sha256": upstream.tree_hash()}}
+            "commit": git.stdout.strip() or None, "upstream": {"path": str(tree), "sha256": upstream.tree_hash()}}
 
 
 def detect_profile() -> str:

@@ -40,7 +40,8 @@ ABSENT = "<p class=soft>Not measured.</p>"
 COSTS = ("params_total", "params_active", "flops_per_token", "phase_a_tokens", "phase_a_flops", "tokens", "unique_tokens", "flops",
          "tok_per_s", "train_s", "update_s", "data_s", "eval_s", "checkpoint_s", *machine.LOAD)
 RULES = {"gap": "starts below: d(0) < 0", "limit": f"ends above the best dense score, by {crossover.SMALLEST_BPB} bpb or more",
-         "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end",
+         "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end; "
+                     "fails where d(end) by itself is below 0",
          "floor": f"loses at most {crossover.FLOOR_BPB} bpb of general text more than dense"}
 
 

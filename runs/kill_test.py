@@ -80,7 +80,7 @@ def main() -> None:
     table += [f"| all | | {' | '.join(str(total[kind]) for kind in ACTS)} | {'equal' if equal else 'DIFFERENT'} |"]
     files.write_text(out, f"# Kill test\n\n{sum(total.values())} SIGKILLs on toy runs of Phase B (both arms, 10 steps, 4 milestones); a killed run is started "
                           f"again by the same command. Of two ranks\none is killed, the other ends by itself. Records are compared with an uninterrupted "
-                          f"run's, all fields but times.\nMade by `bash runs/kill_test.sh` at commit {about['commit']}, torch {about['torch']}, "
+                          f"run's, all fields but times and memory.\nMade by `bash runs/kill_test.sh` at commit {about['commit']}, torch {about['torch']}, "
                           f"{about['cpu']}.\n\n" + "\n".join(table) + "\n")
     print(f"{sum(total.values())} kills, records {'equal' if equal else 'DIFFERENT'} -> {out}")
     sys.exit(not equal)
