@@ -12,7 +12,6 @@ nanochat_cl/estimates.py: over seeds, the documents held fixed; with one seed ov
 """
 # R recipes or runs, S seeds, M milestones, B resamples
 import argparse
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -252,7 +251,7 @@ def certify(run_dirs: list[str], arm: str = "cl") -> dict:
     """Assess the runs and write crossover.json to the first of them."""
     out = assess(load(run_dirs), arm, lost(run_dirs))
     paths = [Path(d) / name for d in run_dirs for name in ("records.jsonl", "stopped.json")]
-    out["inputs"] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+    out["inputs"] = {str(path): files.sha256(path) for path in paths if path.is_file()}
     files.write_json(Path(run_dirs[0]) / "crossover.json", out)
     return out
 

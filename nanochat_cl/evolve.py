@@ -8,7 +8,6 @@ Writes <base>/evolve/<run>/: config.json, records.jsonl (a line per arm and mile
 continues a run that was stopped, however it was, and ends with the same records.
 """
 import argparse
-import hashlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 from nanochat_cl import arms, command, corpus, crossover, domain, files, machine, patching, runs
 from nanochat_cl.command import UserError
+from nanochat_cl.holdout import digest
 from nanochat_cl.profiles import PROFILES
 from nanochat_cl.recipes import Recipe, multiplier, of_arm
 
@@ -193,8 +193,8 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
         runs.write(files.write_jsonl, folder / "records.jsonl", run.state["records"])
     if args.run != "dummy" and runs.ranks()[0] == 0:
         import wandb
-        run_id = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # a continued run continues its curve
-        run.log = wandb.init(project="nanochat_cl", name=args.run, id=run_id, resume="allow", dir=str(folder), config=asked)
+        run.log = wandb.init(project="nanochat_cl", name=args.run, id=digest(str(folder)), resume="allow",  # a continued run continues its curve
+                             dir=str(folder), config=asked)
     length = "without end, steps" if steps == ENDLESS else f"{run.marks.last + 1:,} milestones, {steps:,} steps"
     machine.say(f"evolve | {', '.join(args.arms)} s{args.seed}, recipe {recipe.name}: {length} of {machine.short(batch_tokens)} tokens of "
                 f"{name} ({sizes['schedule']}), from "

@@ -1,6 +1,7 @@
 """
 Files that are either complete or absent: written under a temporary name, flushed to the disk, then renamed.
 """
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -26,6 +27,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content, in hex."""
+    whole = hashlib.sha256()
+    with open(path, "rb") as f:
+        for part in iter(lambda: f.read(2**20), b""):
+            whole.update(part)
+    return whole.hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -170,7 +170,8 @@ def pretrain(args: argparse.Namespace) -> None:
         return
     made = files.read_json(path) if (path := Path(DATA_DIR) / "corpus.json").is_file() else {}
     if made and (strangers := {path.name for path in Path(DATA_DIR).glob("*.parquet")} ^ set(made["files"])):
-        raise UserError(f"{DATA_DIR} and its corpus.json disagree about {', '.join(sorted(strangers))}: move it away, or make the corpus again")
+        raise UserError(f"{DATA_DIR} and its corpus.json disagree about {', '.join(sorted(strangers)[:4])}: run nanochat_cl.domain again if it "
+                        f"was stopped, else move them away, or make the corpus again")
     text = corpus.fingerprint(made)
     if record.setdefault("text", text) != text:
         raise UserError(f"{folder} was begun on other general text than there is now; delete it, or give another --model-tag")

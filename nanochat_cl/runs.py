@@ -6,9 +6,7 @@ The directory of one Phase B run: what it was asked to do, and states to continu
     <run>/records.jsonl         rewritten whole at every milestone, after the state that holds the same records
 """
 import fcntl
-import hashlib
 import json
-import mmap
 import os
 import shutil
 import sys
@@ -139,7 +137,7 @@ def write_part(folder: Path, step: int, state: dict) -> tuple[str, str]:
         (path.parent / "complete.json").unlink(missing_ok=True)
         with files.replacing(path) as f:
             torch.save(state, f)
-        return path.name, _sha256(path)
+        return path.name, files.sha256(path)
     except (OSError, RuntimeError) as e:
         raise UserError(f"{path} could not be written ({e.__context__ or e}); make room, and the same command continues") from e
 
@@ -175,14 +173,9 @@ def _whole(here: Path) -> bool:
     path = here / "complete.json"
     try:
         for name, digest in files.read_json(path).items():
-            if _sha256(path := here / name) != digest:
+            if files.sha256(path := here / name) != digest:
                 raise ValueError("wrong checksum")
         return True
     except (OSError, ValueError) as e:
         machine.say(f"evolve | {path} is broken ({e}): going back to the state before it")
         return False
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
