@@ -4,7 +4,8 @@ The domain of Phase B: documents with a sub-domain each, cut into train, val and
 A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given: as the
 sources come, hence in time where they are written down so), "sources": [{"source", and how a row names its sub-domain: "value", or "column"
 with an optional "pattern" (its first group is the name) and "values" (read no further when all are full); "key", a column that pieces of
-one work have in common}], "questions": [path or glob, from the recipe's folder, of jsonl files as exam.read takes them]};
+one work have in common}], "questions": [path or glob, from the recipe's folder, of jsonl files as exam.read takes them, or
+{"name", ...} as sources.questions reads them from a hub]};
 or the path of such a file; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
 
 python -m nanochat_cl.domain --profile cpu
@@ -86,14 +87,15 @@ def build(args: argparse.Namespace) -> None:
         raise UserError("a domain cannot be called general: that is the corpus of Phase A; rename its folder")
     recipe = recipe_of(args.domain)
     asked = {"domain": args.domain, "recipe": recipe, "order": args.order or recipe.get("order", "seed"), "subdomain_mb": args.subdomain_mb}
-    found = (path for pattern in recipe.get("questions", []) for path in sorted(glob.glob(pattern)) or [pattern])
+    general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
+    found = (path for entry in recipe.get("questions", []) for path in (
+        [fetched(entry, folder / "questions")] if isinstance(entry, dict) else sorted(glob.glob(entry)) or [entry]))
     questions = list(dict.fromkeys(map(Path, found)))
     if bad := [path for path in questions if not path.is_file() or [q.name for q in questions].count(path.name) > 1]:
         raise UserError(f"{args.domain} names questions at {bad[0]}: expected a jsonl file there, and no other one of that name")
     evaluation, short = items(folder.parent.parent, questions)
     asked_here = {path.name: path.read_text("utf-8") for path in questions}
     compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join([*evaluation, *asked_here.values()]))}
-    general, made = corpus.complete(args.profile), corpus.manifest(folder, asked)
     if made and (made["items"], made["general_files"]) == (compared, general["files"]):
         verify(folder, made["files"])
         print(f"domain | complete: {made['documents']['train']:,} training documents in {folder}")
@@ -112,6 +114,14 @@ def build(args: argparse.Namespace) -> None:
           f"skipped: {made['skipped']}; next: python -m nanochat_cl.tokenizer --profile {args.profile}")
 
 
+def fetched(entry: dict, folder: Path) -> Path:
+    """The jsonl file of a hub's questions, read once."""
+    path = folder / f"{entry['name']}.jsonl"
+    if not path.is_file():
+        files.write_jsonl(path, list(sources.questions(entry)))
+    return path
+
+
 def recipe_of(domain: str) -> dict:
     """The recipe of that name or path, or the one of a single source."""
     if ":" in domain:
@@ -120,7 +130,8 @@ def recipe_of(domain: str) -> dict:
     if not path.is_file():
         raise UserError(f"no domain {domain!r}: expected {', '.join(shipped())}, {OTHERS}")
     recipe = files.read_json(path)
-    return recipe | {"questions": [str(path.resolve().parent / name) for name in recipe["questions"]]} if "questions" in recipe else recipe
+    return recipe | {"questions": [
+        entry if isinstance(entry, dict) else str(path.resolve().parent / entry) for entry in recipe["questions"]]} if "questions" in recipe else recipe
 
 
 def _write(args: argparse.Namespace, recipe: dict, folder: Path, evaluation: list[str]) -> dict:

@@ -145,13 +145,36 @@ def _json(line: str) -> Any:
         return json.loads(line)
 
 
-def _hub_rows(dataset: str, config: str, column: str, named: set[str], data_files: str | None,
-              place: dict) -> Iterator[tuple[str, str, dict]]:
+def questions(entry: dict) -> Iterator[dict]:
+    """
+    Choice questions of a hub dataset as exam.read takes them. entry: "source" hf:<dataset>[:config], "split", the columns "question", "answer"
+    and perhaps "context" (a dot leads into a column), and "choices": the column of a mapping whose keys are answers, a list of columns
+    whose places are, or under "answers" the texts themselves.
+    """
+    dataset, config = (*entry["source"].removeprefix("hf:").split(":"), "")[:2]
+
+    def field(row: dict, path: str) -> Any:
+        for part in path.split("."):
+            row = row[part]
+        return " ".join(row) if isinstance(row, list) else row
+    for name, _, row in _hub_rows(dataset, config, entry["question"], {entry["answer"]}, None, {}, entry.get("split", "train")):
+        try:
+            named = entry.get("choices")
+            options = (field(row, named) if isinstance(named, str) else {i: row[column] for i, column in enumerate(named)} if named else
+                       {text: text for text in entry["answers"]})
+            yield {**{part: field(row, entry[part]) for part in ("context", "question") if part in entry},
+                   "choices": list(options.values()), "answer": list(options).index(row[entry["answer"]])}
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(f"{name} is no question of the form {entry}: {e!r}; it has {', '.join(sorted(row))}") from e
+
+
+def _hub_rows(dataset: str, config: str, column: str, named: set[str], data_files: str | None, place: dict,
+              split: str = "train") -> Iterator[tuple[str, str, dict]]:
     import datasets  # slow to import, and needed here alone
     for name in ("huggingface_hub", "httpx", "httpx2"):  # they report each retry and each request
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        rows = datasets.load_dataset(dataset, config or None, split="train", streaming=True, data_files=data_files)
+        rows = datasets.load_dataset(dataset, config or None, split=split, streaming=True, data_files=data_files)
         if place:
             rows.load_state_dict(place["state"])  # of the files before this one at most the last is opened again
         for n, row in enumerate(rows, place.get("row", 0) + 1):

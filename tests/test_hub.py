@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 from planted import sentences
 from test_corpus import read, run, use
 
-from nanochat_cl import corpus, domain, files, sources
+from nanochat_cl import corpus, domain, exam, files, sources
 from nanochat_cl.command import UserError
 from nanochat_cl.upstream import REPO
 
@@ -48,6 +49,25 @@ def parquet_set(folder, shards=5, rows=60):
         pq.write_table(table, folder / "data" / f"train-{i:05d}-of-{shards:05d}.parquet", row_group_size=16)
     pq.write_table(pa.table({"text": ["of the other config"], "id": [0]}), folder / "small" / "train.parquet")
     return texts
+
+
+LONG = "A long enough story of a patient, with all that a doctor may want to know of it."
+
+
+def question_sets(folder):
+    """One question each, as the sets that the medical recipe names have them."""
+    def table(path, **row):
+        (folder / path).parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([row]), folder / path)
+    (folder / "qiaojin").mkdir()
+    table("qiaojin/PubMedQA/pqa_labeled/train-00000-of-00001.parquet", pubid=1, question="Does it help?", final_decision="maybe",
+          context={"contexts": [LONG, "And its end."], "labels": ["A", "B"]})
+    (folder / "qiaojin/PubMedQA/README.md").write_text(
+        "---\nconfigs:\n- config_name: pqa_labeled\n  data_files:\n  - split: train\n    path: pqa_labeled/train-*\n---\n")
+    (folder / "GBaker/MedQA-USMLE-4-options").mkdir(parents=True)
+    (folder / "GBaker/MedQA-USMLE-4-options/phrases_no_exclude_test.jsonl").write_text(json.dumps(
+        {"question": f"{LONG} Which of these?", "answer": "that one", "options": {"A": "this one", "B": "that one"}, "answer_idx": "B"}) + "\n")
+    table("openlifescienceai/medmcqa/data/validation-00000-of-00001.parquet", question=f"{LONG} And which?", cop=3, opa="w", opb="x", opc="y", opd="z")
 
 
 def texts_of(source, label=None, place=None, skipped=None):
@@ -101,9 +121,32 @@ def test_a_recipe_reads_jsonl_files_of_which_one_is_empty(tmp_path, monkeypatch)
     run("--source", f"files:{web}")
     medical = files.read_json(domain.RECIPES / "medical.json")
     ours = [{**s, "source": f"hf:{tmp_path}/pubmed::content"} for s in medical["sources"] if "06" in s.get("value", "")]
-    files.write_json(tmp_path / "medical.json", {**medical, "sources": ours})
-    domain.build(domain.parse(["--domain", str(tmp_path / "medical.json"), "--workers", "1"]))
-    assert set(files.read_json(base / "corpora" / "medical" / "corpus.json")["subdomains"]) == {"pubmed-06"}
+    asked = [{**q, "source": q["source"].replace("hf:", f"hf:{tmp_path}/")} for q in medical["questions"]]
+    question_sets(tmp_path)
+    files.write_json(tmp_path / "medical.json", {**medical, "sources": ours, "questions": asked})
+    build = lambda: domain.build(domain.parse(["--domain", str(tmp_path / "medical.json"), "--workers", "1"]))
+    build()
+    made = files.read_json(base / "corpora" / "medical" / "corpus.json")
+    assert set(made["subdomains"]) == {"pubmed-06"} and made["items"]["number"] == 3
+    read = {path.stem: exam.read(path, 9)[0] for path in (base / "corpora/medical/questions").iterdir()}
+    assert {name: (i.context, i.choices, i.gold) for name, i in read.items()} == {
+        "pubmedqa": (f"{LONG} And its end. Does it help?", (" yes", " no", " maybe"), 2),
+        "medqa": (f"{LONG} Which of these?", (" this one", " that one"), 1), "medmcqa": (f"{LONG} And which?", (" w", " x", " y", " z"), 3)}
+    for q in asked:  # once they are there no hub is asked
+        shutil.rmtree(tmp_path / q["source"].removeprefix(f"hf:{tmp_path}/").split(":")[0])
+    build()
+    with pytest.raises(UserError, match="cannot read the dataset"):
+        list(sources.questions(asked[0]))
+
+
+def test_a_question_that_is_none_is_one_line_with_what_there_is(tmp_path):
+    question_sets(tmp_path)
+    entry = {"name": "m", "source": f"hf:{tmp_path}/openlifescienceai/medmcqa", "split": "validation", "question": "question", "answer": "cop"}
+    with pytest.raises(UserError, match="#1 is no question of the form .*KeyError.*it has cop, opa, opb, opc, opd, question") as e:
+        list(sources.questions({**entry, "choices": ["opa", "opx"]}))
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="no column 'right' but cop"):
+        list(sources.questions({**entry, "choices": ["opa"], "answer": "right"}))
 
 
 def test_a_corpus_from_a_hub_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
