@@ -57,7 +57,8 @@ def build(args: argparse.Namespace) -> None:
     data_dir, general = Path(DATA_DIR), Path(get_base_dir()) / "corpora" / "general"
     asked = {"source": args.source, "tokens": args.tokens, "docs_per_shard": args.docs_per_shard}
     if found := manifest(data_dir, asked):
-        verify(data_dir, found["files"])
+        verify(data_dir, found["files"], data_dir)
+        verify(general, found.get("held_out_files", {}), data_dir)
         print(f"corpus | complete: {found['documents']['train']:,} training documents in {data_dir}")
         return
     state = manifest(data_dir, asked, partial := "corpus.partial.json")  # of a build that died; it tells our shards from others'
@@ -89,7 +90,7 @@ def build(args: argparse.Namespace) -> None:
     if not state["shards"]:
         raise UserError(f"{args.source} leaves no training document; skipped: {said(state['skipped'])}; dropped: {state['dropped']}")
     write_parquet(data_dir / shard(state["shards"]), held["val"])  # sorts last: nanochat's validation split
-    state |= {"files": checksums(data_dir), "skipped": said(state["skipped"])}
+    state |= {"files": checksums(data_dir), "held_out_files": checksums(general), "skipped": said(state["skipped"])}
     files.write_json(data_dir / "corpus.json", {key: value for key, value in state.items() if key != "place"})
     (data_dir / partial).unlink()
     print(f"corpus | {state['documents']} documents, {state['bytes'] / 1e6:,.1f} MB to train on in {state['shards']} shards; "

@@ -97,7 +97,7 @@ def build(args: argparse.Namespace) -> None:
     asked_here = {path.name: path.read_text("utf-8") for path in questions}
     compared = {"number": len(evaluation), "too_short": short, "sha256": digest("\n".join([*evaluation, *asked_here.values()]))}
     if made and (made["items"], made["general_files"]) == (compared, general["files"]):
-        verify(folder, made["files"])
+        verify(folder, made["files"], folder)
         print(f"domain | complete: {made['documents']['train']:,} training documents in {folder}")
         return
     print(f"domain | {args.domain} -> {folder}", flush=True)

@@ -60,12 +60,12 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.name: files.sha256(path) for path in sorted(folder.glob("*.parquet"))}
 
 
-def verify(folder: Path, expected: dict[str, str]) -> None:
-    """UserError names a parquet file that is not as `expected`, a result of `checksums`; {} while it is being changed."""
+def verify(folder: Path, expected: dict[str, str], remake: Path) -> None:
+    """UserError names a parquet file that is not as `expected`, a result of `checksums` ({}: not known), and the folder to `remake`."""
     found = checksums(folder) if expected else {}
     if bad := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
         raise UserError(f"{folder / bad[0]} is damaged, missing or not ours: its sha256 is not the one in corpus.json; "
-                        f"delete {folder} and run the same command again")
+                        f"delete {remake} and run the same command again")
 
 
 def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, place: dict | None = None) -> Iterator[Document]:

@@ -159,6 +159,12 @@ def test_what_is_complete_is_skipped_and_what_differs_or_is_foreign_is_refused(b
     assert 2000 * corpus.BYTES_PER_TOKEN <= files.read_json(base / "base_data_climbmix" / "corpus.json")["bytes"] < 25_000
     with pytest.raises(UserError, match=r"tokens: 2000\.0 -> null\); delete the folder"):
         run("--source", source)
+    held = base / "corpora" / "general" / "test.parquet"
+    whole = held.read_bytes()
+    held.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="general/test.parquet is damaged.*; delete .*base_data_climbmix and run"):
+        run("--source", source, "--tokens", "2000")
+    held.write_bytes(whole)
     shard = base / "base_data_climbmix" / "shard_00001.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
