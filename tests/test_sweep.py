@@ -298,7 +298,7 @@ class Forked:
 def test_a_real_sweep_ends_with_a_ledger_a_certificate_and_a_report(base, monkeypatch, capsys):
     monkeypatch.undo()  # children need the processor while we wait
     small = [*toy_phase_a.ARGS, "--max-tokens", "1536", "--milestone-tokens", "1536"]
-    argv = ["--arms", "dense,cl", "--lrs", "0.3,1", "--seeds", "42", "--recipes", "lr_schedule=linear", *small]
+    argv = ["--arms", "dense,cl", "--lrs", "0.3,1,1e30", "--seeds", "42", "--recipes", "lr_schedule=linear", *small]  # the last explodes
     reported = []
     monkeypatch.setattr(sweep.report, "main", reported.append)
     logs = base / "evolve/sweep/logs"
@@ -307,15 +307,18 @@ def test_a_real_sweep_ends_with_a_ledger_a_certificate_and_a_report(base, monkey
     sweep.main(argv)
     said = capsys.readouterr().out
     made = files.read_json(base / "evolve/sweep/sweep.json")
-    assert len(made["runs"]) == 2 and all(row["status"] == "complete" for row in made["runs"]), [p.read_text()[-500:] for p in logs.iterdir()]
-    for row in made["runs"]:
+    ended = [row for row in made["runs"] if row["status"] == "complete"]
+    lost = [(row["lr_mult"], row["arms"]) for row in made["runs"] if row["status"] == "lost"]
+    assert len(ended) == 2 and lost == [(1e30, ["dense"]), (1e30, ["cl"])], [p.read_text()[-500:] for p in logs.iterdir()]
+    for row in ended:
         records = files.read_jsonl(base / "evolve/sweep" / row["run"] / "records.jsonl")
         assert row["val_bpb"] == {r["arm"]: r["domain"]["val"]["bpb"] for r in records if r["final"]}
         assert {r["recipe"] for r in records} == {row["recipe"]} and records[-1]["lr_mult"] < records[0]["lr_mult"], "cooled down"
     first = base / "evolve/sweep" / made["runs"][0]["run"]
     certificate = files.read_json(first / "crossover.json")
     assert certificate["checks"]["cool-down"]["state"] == certificate["checks"]["equal trials"]["state"] == "pass"
-    assert len(certificate["inputs"]) == len(made["runs"]) and reported == [[*(str(first.parent / row["run"]) for row in made["runs"]), "--arm", "cl"]]
+    assert len(certificate["inputs"]) == 2 + 2 * 2 and "2 stopped by a guard" in certificate["checks"]["equal trials"]["found"]
+    assert "0.3, 1, 1e+30 tried" in certificate["checks"]["interior dense optimum"]["found"] and reported == [[*(str(first.parent / row["run"]) for row in made["runs"]), "--arm", "cl"]]
     assert certificate["sentence"].split(":")[0] in said
     before = (base / "evolve/sweep/sweep.json").read_bytes()
     monkeypatch.setattr(sweep, "launch", lambda args, logs: lambda job, slot: pytest.fail(f"{job.name} ran again"))
