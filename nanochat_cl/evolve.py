@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -67,15 +67,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @contextmanager
-def signals() -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM wait until the block calls what it gets, on all ranks: there the state is whole, and there they are raised."""
+def signals(at_once: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    """
+    Ctrl-C and SIGTERM wait until the block calls what it gets, on all ranks: there the state is whole, and there they are raised. They are
+    raised where they arrive while at_once() is true.
+    """
     heard = [0]
-    before = {number: signal.signal(number, lambda number, frame: heard.append(int(number))) for number in (signal.SIGINT, signal.SIGTERM)}
+    error = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: command.Terminated}
+
+    def hear(number: int, frame: Any) -> None:
+        heard.append(int(number))
+        if at_once():
+            raise error[number]
 
     def pause() -> None:
-        number = int(runs.over_ranks(torch.tensor(max(heard)), "max"))
-        if number:
-            raise KeyboardInterrupt if number == signal.SIGINT else command.Terminated
+        if number := int(runs.over_ranks(torch.tensor(max(heard)), "max")):
+            raise error[number]
+    before = {number: signal.signal(number, hear) for number in error}
     try:
         yield pause
     finally:
@@ -246,7 +254,7 @@ def evolve(args: argparse.Namespace) -> None:
         run = begin(args, held)
         if run is None:
             return
-        with signals() as pause:
+        with signals(run.compiling) as pause:
             try:
                 while True:
                     step = run.state["step"]
@@ -264,7 +272,8 @@ def evolve(args: argparse.Namespace) -> None:
                     run.train()
                 run.saved()
             except (KeyboardInterrupt, command.Terminated):
-                run.save()
+                if not run.compiling():
+                    run.save()
                 run.saved()
                 raise
             except Exception:

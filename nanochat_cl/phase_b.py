@@ -72,7 +72,7 @@ class PhaseB:
                                       "checkpoint_s": 0.0, "data_s": 0.0}
         self.choices = {learner.name: self.routed(learner) for learner in learners if learner.sparse}
         self.constant = {learner.name: exam.constant_share(learner.model.config.cl) for learner in learners if learner.sparse}
-        self.log, self.begun_s, self.begun_step = None, time.perf_counter(), 0
+        self.log, self.begun_s, self.begun_step, self.midway = None, time.perf_counter(), 0, False
         self.threads = ThreadPoolExecutor(2)  # one reads, one writes
         self.saving: tuple[Future, int, list[dict]] | None = None  # this rank's part of a state, its step and its records
         # What is asked of the stream later is known beforehand, since a batch is a function of its step.
@@ -92,6 +92,7 @@ class PhaseB:
 
     def train(self) -> None:
         """One step: the same batch for every arm, for each rank its rows."""
+        self.midway = True
         step, (rank, world_size) = self.state["step"], runs.ranks()
         start = time.perf_counter()
         try:
@@ -111,6 +112,11 @@ class PhaseB:
             if reason := learner.trouble():
                 self.give_up(learner, reason)
         self.state.update(step=step + 1, stream_hash=digest.hexdigest())
+        self.midway = False
+
+    def compiling(self) -> bool:
+        """In the first step since the start, of which the compiler takes minutes: what is saved is where it began. On one rank."""
+        return self.midway and self.state["step"] == self.begun_step and runs.ranks()[1] == 1
 
     def where(self, what: str = "") -> str:
         """How far the run came, `what` happened there, and what it can go on from."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from killed_runs import comparable, kill_at, said, start, until, wait
-from nanochat_cl import files, phase_b, runs
+from nanochat_cl import files, learner, phase_b, runs
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
@@ -60,6 +60,24 @@ def test_a_stopped_run_saves_exits_as_shells_expect_and_continues(base, referenc
     assert wait(start(name, base)) == [0]
     assert comparable(base, name) == reference[1]
     assert "from step" in said(base, name)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_while_it_compiles_does_not_wait_for_the_compiler(base, reference, number, status):
+    """The second arm's first step: the first arm's weights have moved, and the state of before is the one that stays."""
+    def plant() -> None:
+        step = learner.Learner.step
+
+        def compiling(self, *args):
+            if self.name == "cl":
+                os.kill(os.getpid(), number)
+                time.sleep(60)
+            step(self, *args)
+        learner.Learner.step = compiling
+    name, begun = f"compiling{status}", time.monotonic()
+    assert wait(start(name, base, planted={0: plant})) == [status] and time.monotonic() - begun < 50, said(base, name)
+    assert runs.saved_steps(base / "evolve" / name) == [0]
+    assert wait(start(name, base)) == [0] and comparable(base, name) == reference[1]
 
 
 def test_a_damaged_state_is_named_and_the_one_before_it_used(base, reference):
