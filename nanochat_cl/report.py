@@ -30,7 +30,7 @@ p{margin:.5em 0}small,figcaption,.soft{color:#52606d}figcaption{font-size:.9rem}
 .scroll{overflow-x:auto}svg{width:100%;min-width:32rem;height:auto;display:block}.fail{color:#b3361b;font-weight:600}
 table{border-collapse:collapse;width:100%;margin:.6rem 0;font:.86rem/1.4 system-ui,Helvetica,Arial,sans-serif}
 th,td{padding:.32rem .7rem .32rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #d9dee3;font-variant-numeric:tabular-nums}
-thead th{border-bottom-color:#1f2933}td:first-child{min-width:6.5rem;white-space:nowrap}
+thead th{border-bottom-color:#1f2933;overflow-wrap:anywhere;min-width:3.5rem}td:first-child{min-width:6.5rem;white-space:nowrap}
 pre{background:#f5f7f8;padding:.7rem .9rem;font-size:.8rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;margin:.4rem 0}
 .axis label{font:.86rem system-ui,sans-serif;margin-right:1rem;cursor:pointer}.axis figure{display:none}
 #tokens:checked~.tokens,#flops:checked~.flops,#time:checked~.time{display:block}
