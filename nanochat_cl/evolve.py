@@ -220,8 +220,8 @@ def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dic
     runs.check_same(trunk, without(config["asked"]), without(asked), "a branch differs in --lr-schedule, --cooldown-frac and --max-tokens")
     recipe, theirs = run.args.recipe, Recipe(**config["asked"]["recipe"])
     same = [multiplier(s, run.steps, recipe) == multiplier(s, config["steps"], theirs) for s in range(min(run.steps, config["steps"]))]
-    theirs = Milestones(config["steps"], run.batch_tokens, config["asked"]["milestone_tokens"])
-    state = runs.load_state(trunk, device, lambda step: step < run.steps and theirs.number(run.steps) is not None and all(same[:step]))
+    marks = Milestones(config["steps"], run.batch_tokens, config["asked"]["milestone_tokens"])
+    state = runs.load_state(trunk, device, lambda step: step < run.steps and marks.number(run.steps) is not None and all(same[:step]))
     if state is None:
         raise UserError(f"{trunk} holds no state to branch from: its states are at steps {runs.saved_steps(trunk)}, the rates agree up to step "
                         f"{(same + [False]).index(False)}, and the end, step {run.steps}, must be one of its milestones")
