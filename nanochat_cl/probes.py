@@ -14,8 +14,11 @@ import torch
 from nanochat_cl import evaluate
 from nanochat_cl.seeds import seed_for
 
-LEVELS = 3  # 0 easy .. 2 hard: distance, steps, or number of things to keep apart
+LEVELS = 3  # 0 easy, where it can be: the same was just said, again and again; .. 2 hard: distance, steps, or number of things to keep apart
+SAID = 6    # times, at level 0
 NOUNS = [("man", "men"), ("woman", "women"), ("child", "children"), ("boy", "boys"), ("girl", "girls"), ("king", "kings")]
+THINGS = [("name", "names"), ("word", "words"), ("line", "lines"), ("number", "numbers"), ("case", "cases"), ("time", "times")]
+NUMBERS = ["one", "two", "three", "four", "five"]
 ADJECTIVES, VERBS = ["small", "old", "red", "new", "big", "good"], ["saw", "found", "liked", "helped", "followed"]
 # The end of this stands before short contexts, so that no choice falls into the first chunk, which Model-CL routes by a constant.
 LEAD_IN = "What follows is one more of the plain sentences that were written down for this list of short examples.".split()
@@ -57,6 +60,9 @@ def order(r: random.Random, level: int, flip: bool) -> Made:
     return "They said that", both[::-1] if flip else both
 
 def polarity(r: random.Random, level: int, flip: bool) -> Made:
+    if level == 0:
+        ask = f"They {('did', 'did not')[flip]} {r.choice(('have', 'need', 'use', 'find', 'change', 'take'))}"
+        return " ".join(f"{ask} {('some', 'any')[flip]} {things}." for _, things in r.sample(THINGS, SAID)) + f" {ask}", ("some", "any")
     subject = r.choice([("Somebody", "Nobody"), ("Someone", "No one"), ("All of them", "None of them")])[flip]
     between = "".join(f" near the {w}" for w in nonce(r, level))
     return f"{subject}{between} {r.choice(VERBS)}", r.choice([("something", "anything"), ("someone", "anyone")])
@@ -66,16 +72,17 @@ def anaphora(r: random.Random, level: int, flip: bool) -> Made:
     pair = r.sample([(r.choice(who), word) for who, word in zip(people, ("himself", "herself", "themselves"))], 2)
     subject, other = pair[flip][0], pair[not flip][0]
     between = ("", f" near the {other}", f" who {r.choice(VERBS)} the {other} near the {nonce(r, 1)[0]}")[level]
-    return f"The {subject}{between} {r.choice(VERBS)}", (pair[0][1], pair[1][1])
+    ask = f"The {subject}{between} {r.choice(VERBS)}"
+    return f"{ask} {pair[flip][1]}. " * SAID * (level == 0) + ask, (pair[0][1], pair[1][1])
 
 def determiner(r: random.Random, level: int, flip: bool) -> Made:
-    word = r.choice([("this", "these"), ("that", "those"), ("one", "two"), ("every", "many")])[flip]
-    return " ".join(["They", r.choice(VERBS), word, *r.sample(ADJECTIVES, level)]), r.choice(NOUNS)
+    word = r.choice([("this", "these"), ("that", "those"), ("one", "two"), ("every", "many")][:4 if level else 1])[flip]
+    return " ".join(["They", r.choice(VERBS), word, *r.sample(ADJECTIVES, level)]), r.choice(NOUNS if level else THINGS)
 
-# Inference. `n` words a side, of which the first ones are asked for.
+# Inference at levels 1 and 2; `n` words a side, of which the first ones are asked for. Level 0 is `stated`.
 
 def transitivity(r: random.Random, level: int, flip: bool) -> Made:
-    names = nonce(r, 2 + level)
+    names = nonce(r, 2 * level)
     chain = [names[-1], *names[1:-1], names[0]] if flip else names
     more, less = r.choice([("taller", "shorter"), ("older", "younger"), ("faster", "slower")])
     said = [f"{a} is {more} than {b}." if r.random() < 0.5 else f"{b} is {less} than {a}." for a, b in zip(chain, chain[1:])]
@@ -84,7 +91,7 @@ def transitivity(r: random.Random, level: int, flip: bool) -> Made:
     return f"We know: {' '.join(said)} Of {x} and {y}, the {ask} one is", choices
 
 def syllogism(r: random.Random, level: int, flip: bool) -> Made:
-    words, n = nonce(r, 2 * (level + 2)), level + 2
+    words, n = nonce(r, 4 * level), 2 * level
     a, b = words[:n], words[n:]
     if flip:
         a[-1], b[-1] = b[-1], a[-1]
@@ -93,20 +100,17 @@ def syllogism(r: random.Random, level: int, flip: bool) -> Made:
     return f"{' '.join(said)} So all {a[0]}s are", (f"{words[n - 1]}s", f"{words[-1]}s")
 
 def if_then(r: random.Random, level: int, flip: bool) -> Made:
-    words, n = nonce(r, 2 * (level + 2)), level + 2
+    words, n = nonce(r, 4 * level), 2 * level
     said = [f"If it is {a}, then it is {b}." for a, b in zip(words[:n], words[n:])]
     r.shuffle(said)
     return f"{' '.join(said)} It is {words[flip]}, so it is", (words[n], words[n + 1])
 
 def negation(r: random.Random, level: int, flip: bool) -> Made:
-    a, b, *others = nonce(r, 2 + 2 * level)
+    a, b, *others = nonce(r, 4 * level - 2)
     aside = "".join(f" The {x} is {y}." for x, y in zip(others[::2], others[1::2]))
     return f"The box is {' or '.join(r.sample([a, b], 2))}.{aside} The box is {'not ' * flip}{a}, so it is", (a, b)
 
 def copying(r: random.Random, level: int, flip: bool) -> Made:
-    if level == 0:  # one word, again and again: the first that a small model learns
-        a, b = nonce(r, 2)
-        return f"Say {' '.join([(a, b)[flip]] * 6)}", (a, b)
     words = nonce(r, 3 * level)
     at, later = r.randrange(1, len(words) - 1), r.randrange(2)  # of the two that the twins swap, the first or the second is asked for
     pair = words[at], words[at + 1]
@@ -114,9 +118,6 @@ def copying(r: random.Random, level: int, flip: bool) -> Made:
     return f"Say {' '.join(words)}. Again, say {' '.join(words[:at + later])}", pair[::-1] if later else pair
 
 def induction(r: random.Random, level: int, flip: bool) -> Made:
-    if level == 0:  # one pair, again and again
-        a, *others = nonce(r, 3)
-        return f"The pairs are {f'{a} {others[flip]}, ' * 6}{a}", tuple(others)
     words, n = nonce(r, 4 * level), 2 * level
     pairs = [f"{a} {b}" for a, b in zip(words[:n], words[n:])]
     r.shuffle(pairs)
@@ -131,12 +132,12 @@ def brackets(r: random.Random, level: int, flip: bool) -> Made:
     return f"Closed brackets: {' '.join(''.join(shown) + pending)}", (a[1], b[1])
 
 def counting(r: random.Random, level: int, flip: bool) -> Made:
-    low, names = r.randint(1, 2 + level), ["one", "two", "three", "four", "five"]
-    numbers, word = r.sample([low, low + 3 - level], 2), nonce(r, 1)[0]
-    return f"Here we see {' and '.join([word] * numbers[flip])}. The number of {word}s is", (names[numbers[0] - 1], names[numbers[1] - 1])
+    low, word = r.randint(1, 2 * level), nonce(r, 1)[0]
+    numbers = r.sample([low, low + 5 - 2 * level], 2)
+    return f"Here we see {' and '.join([word] * numbers[flip])}. The number of {word}s is", (NUMBERS[numbers[0] - 1], NUMBERS[numbers[1] - 1])
 
 def membership(r: random.Random, level: int, flip: bool) -> Made:
-    (a, b), words, n = r.sample(ADJECTIVES, 2), nonce(r, 2 * (level + 1)), level + 1
+    (a, b), words, n = r.sample(ADJECTIVES, 2), nonce(r, 4 * level - 2), 2 * level - 1
     said = " ".join(f"The {box} box holds {' and '.join(mine)}." for box, mine in ((a, words[:n]), (b, words[n:])))
     return f"{said} So {words[r.randrange(n) + n * flip]} is in the", (f"{a} box", f"{b} box")
 
@@ -144,6 +145,18 @@ def membership(r: random.Random, level: int, flip: bool) -> Made:
 FLUENCY = (agreement, order, polarity, anaphora, determiner)
 INFERENCE = (transitivity, syllogism, if_then, negation, copying, induction, brackets, counting, membership)
 KINDS = {make.__name__: make for make in FLUENCY + INFERENCE}
+# What is said, what is asked, and a choice: {} is one of two words, {a} another one.
+STATED = {"transitivity": ("{a} is taller than {}.", "{a} is taller than", "{}"), "syllogism": ("All {a}s are {}s.", "So all {a}s are", "{}s"),
+          "if_then": ("If it is {a}, then it is {}.", "It is {a}, so it is", "{}"), "negation": ("The box is {}.", "So the box is", "{}"),
+          "copying": ("{}", "{}", "{}"), "induction": ("{a} {},", "{a}", "{}"), "counting": ("Here we see {} {a}s.", "Here we see", "{}"),
+          "membership": ("The {} box holds {a}.", "So {a} is in the", "{} box")}
+
+
+def stated(kind: str, r: random.Random, flip: bool) -> Made:
+    """Level 0 of inference: nothing but the answer is said."""
+    (said, asked, choice), (a, *pair), low = STATED[kind], nonce(r, 3), r.randrange(1, 4)
+    pair = NUMBERS[low:low + 2] if kind == "counting" else pair
+    return " ".join([said.format(pair[flip], a=a)] * SAID + [asked.format(pair[flip], a=a)]), (choice.format(pair[0]), choice.format(pair[1]))
 
 
 def items(per_kind: int, seed: int = 0) -> list[Item]:
@@ -151,10 +164,11 @@ def items(per_kind: int, seed: int = 0) -> list[Item]:
     made = []
     for kind, make in KINDS.items():
         for i in range(per_kind + per_kind % 2):
-            context, choices = make(random.Random(seed_for(seed, f"probe/{kind}/{i // 2}")), i // 2 % LEVELS, i % 2 == 1)
+            r, level, flip = random.Random(seed_for(seed, f"probe/{kind}/{i // 2}")), i // 2 % LEVELS, i % 2 == 1
+            context, choices = make(r, level, flip) if level or kind not in STATED else stated(kind, r, flip)
             missing = evaluate.FIRST_CHUNK - len(re.findall(r"\w+|[^\w\s]", context))  # a word or a mark is a token at least
             context = " ".join(LEAD_IN[-missing:] + [context]) if missing > 0 else context
-            made.append(Item(kind, context, tuple(f" {choice}" for choice in choices), i % 2, level=i // 2 % LEVELS))
+            made.append(Item(kind, context, tuple(f" {choice}" for choice in choices), i % 2, level=level))
     return made
 
 
