@@ -21,6 +21,7 @@ from nanochat_cl.sources import Document, checksums, read_parquet, said, verify,
 
 BYTES_PER_TOKEN = 4.2       # English at a vocabulary of 32K (est.): turns --tokens into bytes
 CROPPED = 0.4               # of the text is thrown away by nanochat's packing (35 % at 2,048 tokens, rounded up)
+COPIES = "held-out copies of held-out documents"
 HELD_OUT_BYTES = 8_000_000  # at most, of each held-out class
 # nanochat's own shuffled shards: the beginning of hf:HuggingFaceFW/fineweb-edu:sample-100BT:text is not a sample of it
 NAMED = {"fineweb-edu": "hf:karpathy/fineweb-edu-100b-shuffle::text", "climbmix": "hf:karpathy/climbmix-400b-shuffle::text"}
@@ -67,11 +68,13 @@ def build(args: argparse.Namespace) -> None:
     print(f"corpus | {args.source} -> {data_dir}", flush=True)
     embedded = sources.extract(sources.prose, sources.modules(args.packages), args.workers) if args.source == "embedded" else None
     read = lambda *more: iter(embedded) if embedded is not None else sources.read(NAMED.get(args.source, args.source), *more)
+    skipped = {}
     if state is None:
-        for c, documents in held_out(read(skipped := {}), HELD_OUT_BYTES, skipped, args.workers).items():
+        for c, documents in held_out(read(skipped), HELD_OUT_BYTES, skipped, args.workers).items():
             write_parquet(general / f"{c}.parquet", [d._replace(subdomain="general") for d in documents])
     held, shard = {c: read_parquet(general / f"{c}.parquet") for c in HELD_OUT}, "shard_{:05d}.parquet".format
     state = state or {**asked, "read": 0, "place": {}, "shards": 0, "bytes": 0, "skipped": {}, "dropped": {"near_general": 0, "exact": 0},
+                      "held_out_copies": len(skipped.get(COPIES, [])),
                       "documents": {"train": 0, **{c: len(held[c]) for c in held}}}
     overlap = Overlap({"near_general": [d.text for c in HELD_OUT for d in held[c]]}, args.workers)
     seen = {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
@@ -126,14 +129,21 @@ def held_out(documents: Iterable[Document], limit: float, skipped: dict, workers
     found, size, seen = {c: [] for c in HELD_OUT}, dict.fromkeys(HELD_OUT, 0), set()
     for d in documents:
         split = split_of(d.key)
-        if split != "train" and size[split] < limit and (name := digest(d.text)) not in seen:
+        if split == "train" or size[split] >= limit:
+            continue
+        if (name := digest(d.text)) in seen:
+            skipped.setdefault(COPIES, []).append(d.key)
+        else:
             seen.add(name)
             found[split].append(d)
             size[split] += len(d.text.encode())
             if min(size.values()) >= limit:
                 break
     val = Overlap({"val": [d.text for d in found["val"]]}, workers)
-    found["test"] = [d for d, share in zip(found["test"], val.of([d.text for d in found["test"]])) if share < NEAR]
+    shares = val.of([d.text for d in found["test"]])
+    if near := [d.key for d, share in zip(found["test"], shares) if share >= NEAR]:
+        skipped.setdefault(COPIES, []).extend(near)
+    found["test"] = [d for d, share in zip(found["test"], shares) if share < NEAR]
     if not all(found.values()):
         raise UserError(f"too few documents: of the two held-out classes (5 % each) one is empty, a few hundred documents are needed; "
                         f"skipped: {said(skipped)}")

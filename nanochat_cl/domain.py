@@ -2,9 +2,9 @@
 The domain of Phase B: documents with a sub-domain each, cut into train, val and test, free of overlap with what is held out anywhere.
 
 A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given: as the
-sources come, hence in time where they are written down so), "sources": [{"source", and how a row names its sub-domain: "value", or "column"
-with an optional "pattern" (its first group is the name) and "values" (read no further when all are full); "key", a column that pieces of
-one work have in common}], "questions": [path or glob, from the recipe's folder, of jsonl files as exam.read takes them, or
+sources come, or time: of their first documents, which are in this order, too), "sources": [{"source", and how a row names its sub-domain:
+"value", or "column" with an optional "pattern" (its first group is the name) and "values" (read no further when all are full); "key", a
+column that pieces of one work have in common; "time", one with a year or an ISO date (default: time; of a text file its last change)}], "questions": [path or glob, from the recipe's folder, of jsonl files as exam.read takes them, or
 {"name", ...} as sources.questions reads them from a hub]};
 or the path of such a file; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nanochat_cl import corpus, files, sources
 from nanochat_cl.command import UserError, run
-from nanochat_cl.holdout import HELD_OUT, NEAR, NGRAM, Overlap, digest, split_of
+from nanochat_cl.holdout import HELD_OUT, NEAR, NGRAM, WORD, Overlap, digest, split_of
 from nanochat_cl.profiles import PROFILES
 from nanochat_cl.sources import Document, checksums, read_parquet, said, verify, write_parquet
 
@@ -32,7 +32,7 @@ CAP = {"train": 1.0, "val": 0.2, "test": 0.2}  # shares of the limit: a large pa
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = corpus.parser("domain", "Make the documents of Phase B: $NANOCHAT_BASE_DIR/corpora/<domain>/{train,val,test}.parquet")
     flags.add_argument("--domain", help=f"{', '.join(shipped())}, {OTHERS} (default: the profile's)")
-    flags.add_argument("--order", choices=["seed", "name", "size", "given"], help="of the sub-domains (default: the recipe's, else seed)")
+    flags.add_argument("--order", choices=["seed", "name", "size", "given", "time"], help="of the sub-domains (default: the recipe's, else seed)")
     flags.add_argument("--subdomain-mb", type=float, help="most text of a sub-domain (default: 8 of them last for Phase B)")
     args = flags.parse_args(argv)
     args.domain = args.domain or PROFILES[args.profile].domain
@@ -58,7 +58,7 @@ def items(base: Path, questions: list[Path]) -> tuple[list[str], int]:
     read = [item for path in [*sorted(base.glob("eval/*/*.jsonl")), *questions] for item in exam.read(path, 10**9)]
     read += [item for group in exam.CORE for item in exam.core(base / "eval_bundle", group, 10**9)]
     texts = [(i.context if isinstance(i.context, str) else i.context[i.gold]) + i.choices[i.gold] for i in read]
-    compared = [text for text in texts if len(re.findall(r"\w+", text)) >= NGRAM]
+    compared = [text for text in texts if len(WORD.findall(text)) >= NGRAM]
     return compared, len(texts) - len(compared)
 
 
@@ -101,7 +101,7 @@ def build(args: argparse.Namespace) -> None:
         print(f"domain | complete: {made['documents']['train']:,} training documents in {folder}")
         return
     print(f"domain | {args.domain} -> {folder}", flush=True)
-    made = {**asked, "items": compared, **_write(args, recipe, folder, evaluation)}
+    made = {**asked, "items": compared, **_write(args, recipe, asked["order"] == "time", folder, evaluation)}
     shutil.rmtree(folder / "questions", ignore_errors=True)
     for name, text in asked_here.items():
         files.write_text(folder / "questions" / name, text)
@@ -134,10 +134,14 @@ def recipe_of(domain: str) -> dict:
         entry if isinstance(entry, dict) else str(path.resolve().parent / entry) for entry in recipe["questions"]]} if "questions" in recipe else recipe
 
 
-def _write(args: argparse.Namespace, recipe: dict, folder: Path, evaluation: list[str]) -> dict:
+def _write(args: argparse.Namespace, recipe: dict, by_time: bool, folder: Path, evaluation: list[str]) -> dict:
     """Write train, val and test; their part of the manifest."""
     skipped = {}
     documents = [d for source in recipe["sources"] for d in gather(source, args.subdomain_mb * 1e6, args, skipped)]
+    if by_time and (without := [d.subdomain for d in documents if not d.time]):
+        raise UserError(f"the order of time needs one of every document, and {len(without):,} have none, as in {without[0]}; say which column "
+                        f"it is: \"time\" in the source of a recipe")
+    documents.sort(key=lambda d: d.time if by_time else "")  # stable
     parts = {"train": [], **corpus.held_out(documents, float("inf"), skipped, args.workers)}
     held = [d.text for c in HELD_OUT for d in parts[c]]
     general = [d.text for c in HELD_OUT for d in read_parquet(folder.parent / "general" / f"{c}.parquet")]

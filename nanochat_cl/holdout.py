@@ -18,6 +18,8 @@ from nanochat_cl.parallel import parallel
 HELD_OUT = ("val", "test")
 FRACTION = 0.05  # of the keys, for each held-out class
 NGRAM = 13       # words
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Thai to Chinese
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")  # of a script that writes no spaces every character
 BLOCK = 8192     # texts whose hashes are in memory at once
 # A copy with one word in twenty changed shares more than this. Of the embedded general corpus 19 % of the training documents share some
 # 13-gram with a held-out one, most of them a licence line in a very short text, and 4 % reach this (2026-11-24).
@@ -37,7 +39,7 @@ def split_of(key: str) -> str:
 
 def grams(text: str) -> np.ndarray:
     """Sorted unique 64-bit hashes of the word 13-grams of the lower-cased text, the same in every process; a shorter text is one."""
-    words = np.fromiter((zlib.crc32(word.encode("utf-8", "ignore")) for word in re.findall(r"\w+", text.lower())), np.uint64)
+    words = np.fromiter((zlib.crc32(word.encode("utf-8", "ignore")) for word in WORD.findall(text.lower())), np.uint64)
     n = min(NGRAM, len(words))
     result = np.zeros(len(words) - n + 1 if n else 0, np.uint64)
     for i in range(n):

@@ -12,6 +12,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,10 @@ class Document(NamedTuple):
     text: str
     subdomain: str
     key: str  # decides the class (holdout.split_of): package/module for `embedded`, a recipe's column, else a hash of the text
+    time: str = ""  # sorts; not stored
+
+
+STORED = ("text", "subdomain", "key")
 
 
 def said(skipped: dict[str, list[str]]) -> str:
@@ -46,13 +51,13 @@ def said(skipped: dict[str, list[str]]) -> str:
 
 def write_parquet(path: Path, documents: list[Document]) -> None:
     """A shard in nanochat's layout; at least 8 row groups where it has 8 documents, so that each of 8 ranks finds one."""
-    table = pa.table({name: pa.array([getattr(d, name) for d in documents], pa.string()) for name in Document._fields})
+    table = pa.table({name: pa.array([getattr(d, name) for d in documents], pa.string()) for name in STORED})
     with files.replacing(path) as f:
         pq.write_table(table, f, compression="zstd", compression_level=3, row_group_size=max(1, min(1024, len(documents) // 8)))
 
 
 def read_parquet(path: Path) -> list[Document]:
-    return [Document(**row) for row in pq.read_table(path, columns=list(Document._fields)).to_pylist()]
+    return [Document(**row) for row in pq.read_table(path, columns=list(STORED)).to_pylist()]
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -73,6 +78,7 @@ def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, 
     Documents of `files:<folder or glob>` or `hf:<dataset>[:config][:column]`. `label` says what names the sub-domain: {"value": name}, or
     {"column": c, "pattern": regular expression whose first group is the name (rows without a match are left out)}; otherwise a column
     `subdomain`, the top folder, or the file's name. Its "key" is a column that pieces of one work share: they are held out together.
+    Its "time" is a column with an ISO date or a year (default: time; of a text file its last change).
     Its "data_files" picks files of a hub dataset. `place` of a hub dataset always says where to read on; {} is the beginning.
     """
     label = label or {}
@@ -80,7 +86,7 @@ def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, 
     if kind not in ("files", "hf") or not rest:
         raise UserError(f"a source is embedded, files:<folder or glob> or hf:<dataset>[:config][:column], got {source!r}")
     dataset, config, column = (*rest.split(":"), "", "")[:3]
-    named, seen = {label[use] for use in ("column", "key") if use in label}, set()
+    named, seen = {label[use] for use in ("column", "key", "time") if use in label}, set()
     for *_, row in _file_rows(rest, {}) if kind == "files" and named else ():  # to the first row that has them
         seen.update(row if isinstance(row, dict) else ())
         if named <= seen:
@@ -99,7 +105,7 @@ def read(source: str, skipped: dict[str, list[str]], label: dict | None = None, 
         known = lambda column: "" if row.get(column) is None else str(row[column])  # 0 is a name, too
         subdomain = label.get("value") or known(label.get("column", "subdomain")) or default
         if match := re.search(label.get("pattern", "(.+)"), subdomain, re.MULTILINE):
-            yield Document(text, match.group(1), known(label.get("key")) or digest(text))
+            yield Document(text, match.group(1), known(label.get("key")) or digest(text), known(label.get("time", "time")))
 
 
 def files_root(pattern: str) -> Path:
@@ -137,7 +143,8 @@ def read_rows(path: Path) -> Iterator[dict | None]:
                 yield from batch.to_pylist()
     else:
         with open(path, encoding="utf-8") as f:
-            yield from map(_json, filter(str.strip, f)) if path.suffix.lower() == ".jsonl" else [{"text": f.read()}]
+            yield from map(_json, filter(str.strip, f)) if path.suffix.lower() == ".jsonl" else [
+                {"text": f.read(), "time": datetime.fromtimestamp(path.stat().st_mtime).isoformat()}]
 
 
 def _json(line: str) -> Any:

@@ -73,7 +73,7 @@ class Stream:
     """
     Batches of `rows` rows of one domain. `visit_tokens` (cyclic only) is snapped to whole batches. `replay` is the share of rows that
     repeat general training text, exact in the long run. Sub-domains come in the order that the domain's manifest names: name, size
-    (largest first), given (as in train.parquet) or seed; the documents of one keep their order. Raises UserError for what does not
+    (largest first), given or time (as in train.parquet) or seed; the documents of one keep their order. Raises UserError for what does not
     fit, and when `max_tokens` are asked of a stream that holds fewer without `repeat`. The last tokens of a sub-domain that fill no
     row (fewer than T) are not used.
     """
@@ -90,7 +90,7 @@ class Stream:
         self._shuffled = lru_cache(3)(lambda purpose, n: np.random.default_rng(seed_for(seed, purpose)).permutation(n))
         self._order = lru_cache(3)(self._order)  # of the epochs in use, and of the first for seen()
         names, order = sorted(self._tokens), files.read_json(made)["order"] if made.is_file() else "seed"
-        orders = {"name": names, "size": sorted(names, key=lambda name: -len(self._tokens[name])), "given": list(self._tokens),
+        orders = {"name": names, "size": sorted(names, key=lambda name: -len(self._tokens[name])), "given": list(self._tokens), "time": list(self._tokens),
                   "seed": [names[i] for i in self._shuffled("subdomains", len(names))]}
         if order not in orders:
             raise command.UserError(f"the order of sub-domains must be {', '.join(orders)}, got {order!r}")

@@ -96,16 +96,17 @@ def lines(path, documents=400):
 def test_of_copies_among_the_held_out_documents_one_is_kept():
     keys = [next(k for k in (f"{name}{i}" for i in range(999)) if split_of(k) == split) for name, split in zip("abcd", ("val", "val", "test", "test"))]
     documents = [Document(text, "s", key) for text, key in zip(("?! ...", "one two", "?! ...", "three four"), keys)]  # "?! ..." has no word to compare
-    held = corpus.held_out([*documents, documents[1]], float("inf"), {}, 1)
+    held = corpus.held_out([*documents, documents[1]], float("inf"), skipped := {}, 1)
     assert {c: [d.text for d in found] for c, found in held.items()} == {"val": ["?! ...", "one two"], "test": ["three four"]}
+    assert skipped == {corpus.COPIES: [keys[2], keys[1]]}
 
 
 def test_a_test_document_near_to_a_val_document_is_left_out():
     import random
     r, key = random.Random(7), lambda split: next(k for k in map(str, range(999)) if split_of(k) == split)
     near, other = changed(text := sentences(r, 60)), sentences(r, 60)
-    held = corpus.held_out([Document(text, "s", key("val")), Document(near, "s", key("test")), Document(other, "s", key("test"))], 10**6, {}, 1)
-    assert [d.text for d in held["test"]] == [other] and [d.text for d in held["val"]] == [text]
+    held = corpus.held_out([Document(text, "s", key("val")), Document(near, "s", key("test")), Document(other, "s", key("test"))], 10**6, skipped := {}, 1)
+    assert skipped == {corpus.COPIES: [key("test")]} and [d.text for d in held["test"]] == [other] and [d.text for d in held["val"]] == [text]
 
 
 def test_the_beginning_of_the_source_gives_as_much_held_out_text_as_is_asked_for(base, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 from collections import Counter
 
@@ -135,7 +136,6 @@ def test_the_same_files_give_the_same_domain(tmp_path, site, recipes, monkeypatc
 
 
 def test_a_subdomain_is_cut_at_its_limit_and_one_too_small_for_all_classes_is_named(base, tmp_path):
-    import random
     r = random.Random(5)
     (tmp_path / "d").mkdir()
     for name, n in (("big", 400), ("small", 3)):
@@ -179,7 +179,7 @@ def test_what_cannot_be_a_domain_is_said_in_one_line_and_leaves_nothing_behind(b
 @pytest.mark.parametrize("path", sorted(domain.RECIPES.glob("*.json")), ids=lambda p: p.stem)
 def test_the_shipped_recipes_say_what_is_needed(path):
     recipe = files.read_json(path)
-    assert set(recipe) <= {"description", "order", "sources", "questions"} and recipe["description"] and recipe["order"] in ("seed", "name", "size", "given")
+    assert set(recipe) <= {"description", "order", "sources", "questions"} and recipe["description"] and recipe["order"] in ("seed", "name", "size", "given", "time")
     for source in recipe["sources"]:
         assert set(source) <= {"source", "value", "values", "column", "pattern", "key", "data_files", "packages", "most"}
         assert source["source"] == "embedded" and len(source["packages"]) >= source["most"] or source["source"].startswith("hf:")
@@ -229,7 +229,6 @@ def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, rec
 
 
 def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(base, tmp_path, capsys):
-    import random
     r = random.Random(9)
     text_folder(tmp_path / "company", tmp_path / "web")
     questions = [f"itemword {sentences(r, 20)}" for _ in range(40)]
@@ -259,7 +258,6 @@ def test_evaluation_items_reach_no_training_text_and_every_direction_is_counted(
 
 
 def test_the_questions_of_a_recipe_lie_beside_the_domain_and_reach_no_training_text(base, tmp_path):
-    import random
     r = random.Random(11)
     text_folder(tmp_path / "company", tmp_path / "web")
     asked = [{"question": f"itemword {sentences(r, 20)}", "choices": ["no", "yes"], "answer": 1} for _ in range(6)]
@@ -287,7 +285,6 @@ def test_the_questions_of_a_recipe_lie_beside_the_domain_and_reach_no_training_t
 
 
 def test_a_recipe_may_be_any_file_and_pieces_of_one_work_are_held_out_together(base, tmp_path):
-    import random
     r = random.Random(4)
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a.jsonl").write_text("\n".join(json.dumps({"text": sentences(r, 50)}) for _ in range(150)))
@@ -301,3 +298,23 @@ def test_a_recipe_may_be_any_file_and_pieces_of_one_work_are_held_out_together(b
     where = {c: {d["key"] for d in read(base / "corpora" / "library" / f"{c}.parquet")} for c in ("train", "val", "test")}
     assert sum(map(len, where.values())) == len(set.union(*where.values())) == 120 and min(map(len, where.values())) > 1
     assert files.read_json(base / "corpora" / "library" / "corpus.json")["order"] == "name"
+
+
+def test_in_the_order_of_time_documents_and_sub_domains_come_by_their_date(base, tmp_path):
+    r = random.Random(4)
+    for folder in ("web", "d"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "web" / "a.jsonl").write_text("\n".join(json.dumps({"text": sentences(r, 50)}) for _ in range(150)))
+    rows = [{"text": sentences(r, 50), "subdomain": "bca"[i % 3], "date": f"20{r.randrange(10, 20) + 5 * (i % 3)}-01"} for i in range(600)]
+    (tmp_path / "d" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    (tmp_path / "news.json").write_text(json.dumps({"order": "time", "sources": [{"source": f"files:{tmp_path / 'd'}", "time": "date"}]}))
+    run(str(tmp_path / "news.json"))
+    date = {row["text"]: row["date"] for row in rows}
+    dates = [date[d["text"]] for d in read(base / "corpora" / "news" / "train.parquet")]
+    assert dates == sorted(dates) and len(set(dates)) > 15
+    found = stream.Stream(base / "corpora" / "news", Words(), "sequential", 0, 2, T, 64)
+    assert found.subdomains == ["b", "c", "a"], "of their first documents"
+    (tmp_path / "old.json").write_text(json.dumps({"order": "time", "sources": [{"source": f"files:{tmp_path / 'd'}"}]}))
+    with pytest.raises(UserError, match="needs one of every document, and 6.. have none.*which column"):
+        run(str(tmp_path / "old.json"))

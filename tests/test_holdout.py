@@ -1,10 +1,9 @@
 import random
-import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_cl.holdout import NEAR, Overlap, split_of
+from nanochat_cl.holdout import NEAR, WORD, Overlap, split_of
 
 
 def test_classes_depend_on_the_key_alone_and_hold_five_percent_each():
@@ -18,7 +17,7 @@ def test_classes_depend_on_the_key_alone_and_hold_five_percent_each():
 
 
 def slow_grams(text):
-    words = re.findall(r"\w+", text.lower())
+    words = WORD.findall(text.lower())
     n = min(13, len(words))
     return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)} if words else set()
 
@@ -41,6 +40,16 @@ def test_share_is_what_sets_of_word_tuples_give(seed):
     candidate = r.choice([text(r.randint(0, 60)), copied.upper(), copied + " " + text(40), text(20) + " " + copied[:len(copied) // 2]])
     shares = Overlap({"first": held_out, "second": held_out[:1], "none": []}).of([candidate])[0]
     assert abs(shares - [slow_share(candidate, held_out), slow_share(candidate, held_out[:1]), 0]).max() < 1e-12, shares
+
+
+def test_in_scripts_without_spaces_every_character_is_a_word():
+    assert WORD.findall("Ein na\u00efver x_1-Test, \ud55c\uad6d\uc5b4 \u0440\u0443\u0441\u0441\u043a\u0438\u0439") == ["Ein", "na\u00efver", "x_1", "Test", "\ud55c\uad6d\uc5b4", "\u0440\u0443\u0441\u0441\u043a\u0438\u0439"]
+    assert WORD.findall("\u4f7f\u7528Python\u7f16\u7a0b\u3002\u304b\u306a\u0e44\u0e17\u0e22") == ["\u4f7f", "\u7528", "Python", "\u7f16", "\u7a0b", "\u304b", "\u306a", "\u0e44", "\u0e17", "\u0e22"]
+    r = random.Random(2)
+    chinese = lambda n: "".join(chr(r.randrange(0x4e00, 0x5200)) for _ in range(n))
+    original, changed = chinese(400), None
+    changed = "".join(c if i % 60 else "\u9f98" for i, c in enumerate(original))  # one in sixty, and no space anywhere
+    assert Overlap({"a": [original]}).of([changed])[0, 0] > NEAR > 0.05 > Overlap({"a": [original]}).of([chinese(400)])[0, 0]
 
 
 def test_copies_with_changes_are_near_and_a_shared_licence_line_is_not():

@@ -1,6 +1,7 @@
 import ast
 import io
 import json
+import os
 import tokenize
 from pathlib import Path
 
@@ -123,6 +124,16 @@ def test_a_label_names_the_subdomain_by_value_column_or_pattern(tmp_path):
     names = lambda **label: [d.subdomain for d in sources.read(f"files:{tmp_path}", {}, label)]
     assert names() == ["a"] * 3 and names(value="v") == ["v"] * 3 and names(column="kind") == ["flask", "django", "other"]
     assert names(column="text", pattern=r"^from (flask|django)\b") == ["flask", "django"]
+
+
+def test_the_time_of_a_document_is_a_columns_or_the_last_change_of_its_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "first", "year": 1999}\n{"text": "second", "time": "2001-05-04"}\n{"text": "third"}\n')
+    times = lambda **label: [d.time for d in sources.read(f"files:{tmp_path}", {}, label)]
+    assert times() == ["", "2001-05-04", ""] and times(time="year") == ["1999", "", ""]
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.txt").write_text("text")
+    os.utime(tmp_path / "b.txt", (0, 86400 * 365.25 * 30))
+    assert times()[0].startswith(("1999-12-31", "2000-01-01"))
 
 
 def test_a_key_or_a_sub_domain_of_0_is_a_name_like_any_other(tmp_path):

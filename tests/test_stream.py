@@ -173,7 +173,7 @@ def test_a_stream_that_is_too_short_is_refused_before_training_unless_it_may_rep
 
 
 def test_what_does_not_fit_is_said_in_one_line(folder):
-    for kwargs, message in (({"schedule": "random"}, "--schedule must be one of"), ({"order": "age"}, "name, size, given, seed, got .age"),
+    for kwargs, message in (({"schedule": "random"}, "--schedule must be one of"), ({"order": "age"}, "name, size, given, time, seed, got .age"),
                             ({"seq_len": 200}, "small .*add documents")):
         with pytest.raises(UserError, match=message) as e:
             make(folder, **kwargs)
