@@ -108,7 +108,7 @@ class Learner:
         self.general = {name: t.clone() for name, t in self.model.state_dict().items() if name.endswith(".usage")}  # steps count anew
         rule = plasticity.parse(recipe.plasticity)  # a budget of blocks means nothing to a dense model
         self.plastic = plasticity.begin(rule if self.sparse else replace(rule, budget=1.0), self.model, self.optimizer)
-        routing.freeze(self.model, self.optimizer)
+        routing.freeze(self.model, self.optimizer, rule.routers)
         self.compiled = torch.compile(self.model, dynamic=False)
         self.recall = Recall(PASSAGES, seed)
         self.losses: list[float] = []  # of the last steps

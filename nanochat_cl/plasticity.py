@@ -7,6 +7,7 @@ Which weights may learn in Phase B, as rules over the use of blocks.
                             of Model-CL, or the MLPs of a dense model, learn at full rate
     blocks, attention, embeddings, head, scalars [:factor]    one part of the former: shared blocks (a dense model has none: no effect);
                             shared heads, or dense attention; token and value embeddings; output head; per-layer scalars and the smear gate
+    routers:factor          routers learn, too, at their learning rates times `factor`; without it the same passage keeps its blocks
 
 Rules can be joined by a plus sign: `budget:0.25+frozen-shared:0.1`. L layers, R routed blocks, G blocks, S shared ones, k chosen per chunk.
 """
@@ -21,13 +22,14 @@ from nanochat_cl import routing
 from nanochat_cl.command import UserError
 
 SHARED = ("blocks", "attention", "embeddings", "head", "scalars")
-EXPECTED = f"all, or budget:p with 0 < p <= 1, frozen-shared and {', '.join(SHARED)} [:factor of 0 to 1], joined by +"
+EXPECTED = f"all, or budget:p with 0 < p <= 1, frozen-shared and {', '.join((*SHARED, 'routers'))} [:factor of 0 to 1], joined by +"
 
 
 @dataclass(frozen=True)
 class Rule:
     shared: dict[str, float] = field(default_factory=dict)  # part -> factor on the learning rates of what is not routed there
     budget: float = 1.0                                     # share of each layer's routed blocks that may learn from a batch
+    routers: float = 0.0                                    # factor on the learning rates of routers
 
 
 def parse(text: str) -> Rule:
@@ -40,10 +42,10 @@ def parse(text: str) -> Rule:
         except ValueError:
             value = math.nan
         names = SHARED if name == "frozen-shared" else (name,)
-        if not {*names} <= {*SHARED, "budget"} or {*names} & {*given} or not 0 <= value <= 1 or (name == "budget" and value == 0):
+        if not {*names} <= {*SHARED, "budget", "routers"} or {*names} & {*given} or not 0 <= value <= 1 or (name == "budget" and value == 0):
             raise UserError(f"plasticity {text!r}: can't read {part!r}; expected {EXPECTED}")
         given |= dict.fromkeys(names, value)
-    return Rule(budget=given.pop("budget", 1.0), shared=given)
+    return Rule(budget=given.pop("budget", 1.0), routers=given.pop("routers", 0.0), shared=given)
 
 
 def busiest(used: Tensor, general: Tensor, budget: float) -> Tensor:

@@ -242,10 +242,11 @@ def release(model: torch.nn.Module, count: int) -> None:
         part.joining = min(part.join, count)
 
 
-def freeze(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def freeze(model: torch.nn.Module, optimizer: torch.optim.Optimizer, routers: float = 0.0) -> None:
     """
     From now on the same passage chooses the same blocks: features come from a copy of the token embeddings, or from the one that a
-    checkpoint out of Phase B brought; token counts stand, routers and balance get a learning rate of 0. A dense model is left as it is.
+    checkpoint out of Phase B brought; token counts and balance stand, and so do routers, whose learning rates are multiplied by `routers`.
+    A dense model is left as it is.
     """
     if getattr(model.config, "cl", None) is None:
         return
@@ -253,7 +254,8 @@ def freeze(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model.register_buffer("routing_embedding", model.transformer.wte.weight.detach().clone(), persistent=False)
     for group in optimizer.param_groups:
         if group.get("routing"):
-            group["lr"] = group["initial_lr"] = 0.0
+            group["initial_lr"] *= routers if group["params"][0].ndim == 2 else 0.0  # the balance is a vector
+            group["lr"] = group["initial_lr"]
 
 
 def usage(model: torch.nn.Module) -> list[Tensor]:

@@ -24,14 +24,16 @@ ALL = dict.fromkeys(plasticity.SHARED, 0.0)
     ("all", Rule()), ("frozen-shared", Rule(ALL)), ("frozen-shared:0.1", Rule(dict.fromkeys(ALL, 0.1))), ("budget:0.25", Rule(budget=0.25)),
     ("budget:0.5+frozen-shared:0.2", Rule(dict.fromkeys(ALL, 0.2), 0.5)), ("frozen-shared+budget:1", Rule(ALL, 1.0)),
     ("attention", Rule({"attention": 0.0})), ("blocks:0.5+embeddings+head:1", Rule({"blocks": 0.5, "embeddings": 0.0, "head": 1.0})),
-    ("scalars:0.1+budget:0.5+attention:0.2", Rule({"scalars": 0.1, "attention": 0.2}, 0.5))])
+    ("scalars:0.1+budget:0.5+attention:0.2", Rule({"scalars": 0.1, "attention": 0.2}, 0.5)),
+    ("routers:0.5+frozen-shared", Rule(ALL, routers=0.5)), ("routers", Rule())])
 def test_a_rule_is_read_from_its_name(text, rule):
     assert plasticity.parse(text) == rule
 
 
 @pytest.mark.parametrize("text", ["", "none", "budget", "budget:0", "budget:1.5", "budget:x", "budget:nan", "frozen-shared:-1", "frozen-shared:",
                                   "all+budget:0.5", "budget:0.5+budget:0.2", "all:1", "frozen", "heads", "attention:2", "attention:nan", "head:",
-                                  "attention:0.1+attention:0.1", "frozen-shared:0.1+head:1", "blocks+frozen-shared", "attention+"])
+                                  "attention:0.1+attention:0.1", "frozen-shared:0.1+head:1", "blocks+frozen-shared", "attention+",
+                                  "routers:2", "routers:1+routers:1"])
 def test_anything_else_is_refused_with_what_was_expected(text):
     with pytest.raises(UserError, match="expected all, or budget:p.*frozen-shared.*attention") as error:
         plasticity.parse(text)

@@ -239,6 +239,23 @@ def test_frozen_routing_chooses_the_same_blocks_after_training():
     assert "routing_embedding" not in model.state_dict()
 
 
+def test_routers_learn_where_they_may_and_idle_rows_stand_still():
+    model = build()
+    optimizer = model.setup_optimizer(weight_decay=0.1)
+    lrs = [group["initial_lr"] for group in optimizer.param_groups if group.get("routing")]
+    routing.freeze(model, optimizer, 0.5)
+    assert [group["initial_lr"] for group in optimizer.param_groups if group.get("routing")] == [0.5 * lr for lr in lrs[:-1]] + [0.0]
+    parts = [part for kind in routing.parts(model) for part in kind]
+    before = [(part.router.detach().clone(), part.balance.detach().clone()) for part in parts]
+    routing.reset_usage(model)
+    x = tokens(1, 20, seed=3)  # two chunks: of so few some block is idle
+    model.train()(x[:, :-1], x[:, 1:]).backward()
+    optimizer.step()
+    moved = [(part.router != router)[:part.routed].any(1) for part, (router, _) in zip(parts, before)]
+    assert all(torch.equal(m, part.usage > 0) for m, part in zip(moved, parts)) and not torch.cat(moved).all() and torch.cat(moved).any()
+    assert all(torch.equal(part.balance, balance) for part, (_, balance) in zip(parts, before))
+
+
 def test_looking_at_choices_changes_nothing():
     model, idx = build().train(), tokens(2, 40)
     found = routing.choices(model, idx)
