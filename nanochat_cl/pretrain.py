@@ -190,12 +190,12 @@ def pretrain(args: argparse.Namespace) -> None:
         # Only a loader that saves more than these three goes on with the very next batch.
         record["resumes"].append({"step": last, "kind": "exact" if set(position) - {"pq_idx", "rg_idx", "epoch"} else "approximate"})
         machine.say(f"{who} continues from step {last} (resume: {record['resumes'][-1]['kind']})")
-    if rank == 0:
-        files.write_json(folder / "phase_a_begun.json", record)
     on_cpu = (flags["device_type"] or autodetect_device_type()) == "cpu"
     good = lambda: f"an unsaved step; last good checkpoint: step {last_whole_step(folder, world_size)} of {folder}"
     with (settings.using(seed=args.seed, arm=cl), patching.applied(), machine.fixed_sums(cl is not None and on_cpu), runs.together(good),
           runs.locked(folder, rank)):
+        if rank == 0:
+            files.write_json(folder / "phase_a_begun.json", record)
         base_train(flags)
     if rank != 0:
         return
