@@ -61,7 +61,7 @@ def order(r: random.Random, level: int, flip: bool) -> Made:
 
 def polarity(r: random.Random, level: int, flip: bool) -> Made:
     if level == 0:
-        ask = f"They {('did', 'did not')[flip]} {r.choice(('have', 'need', 'use', 'find', 'change', 'take'))}"
+        ask = f"They {('will', 'will not')[flip]} {r.choice(('have', 'need', 'use', 'find', 'change', 'take'))}"
         return " ".join(f"{ask} {('some', 'any')[flip]} {things}." for _, things in r.sample(THINGS, SAID)) + f" {ask}", ("some", "any")
     subject = r.choice([("Somebody", "Nobody"), ("Someone", "No one"), ("All of them", "None of them")])[flip]
     between = "".join(f" near the {w}" for w in nonce(r, level))
