@@ -55,7 +55,7 @@ def checkpoint(base: Path, name: str, tokenizer, seed: int = 42, steps: int = 3)
     from nanochat_cl import recipes
     torch.manual_seed(seed)
     batch_tokens = ROWS * T
-    with patching.applied():
+    with patching.applied(), torch.compiler.set_stance("force_eager"):
         cl = arms.cl(64, 4, tokenizer.get_bos_token_id(), name)
         with torch.device("meta"):
             model = gpt.GPT(gpt.GPTConfig(sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=4, n_embd=64,
