@@ -26,6 +26,7 @@ from nanochat_cl.command import UserError
 from nanochat_cl.profiles import PROFILES
 from nanochat_cl.recipes import Recipe, of_arm, read
 
+RECIPE = "lr_schedule=wsd,plasticity=budget:0.25"  # cooled down, and isolation is exercised; to a dense arm a budget of blocks is nothing
 EXTENSIONS = 3      # of the grid, before an optimum at its edge is given up
 STATE_BYTES = 12    # per parameter on disk: an fp32 weight and at most two moments; in memory a gradient more
 
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--arms", default="dense,cl", help="names of nanochat_cl.arms, dense controls among them (default: %(default)s)")
     p.add_argument("--lrs", type=numbers(float), default="0.1,0.3,1,3", help="factors on the learning rates (default: %(default)s)")
     p.add_argument("--seeds", type=numbers(int), default="42,43,44", help="default: %(default)s")
-    p.add_argument("--recipes", nargs="+", default=["lr_schedule=wsd"], metavar="OPTION=VALUE,...",
+    p.add_argument("--recipes", nargs="+", default=[RECIPE], metavar="OPTION=VALUE,...",
                    help="by which options of evolve recipes differ, or default; the same for every arm (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=1, help="runs at once, each on a GPU or a part of the cores (default: %(default)s)")
     p.add_argument("--nproc", type=int, default=1, help="processes of each run, by torchrun (default: %(default)s)")

@@ -86,7 +86,7 @@ def test_the_plan_is_every_point_of_the_grid_with_the_commands_a_user_would_type
 
 def test_arms_with_a_replay_share_of_their_own_get_runs_of_their_own(tmp_path):
     args = sweep.parse([*TOY, "--arms", "dense,dense-replay-5,cl", "--lrs", "0.1,0.3", "--seeds", "1"])
-    jobs = sweep.phase_b(args, tmp_path, {"lr_schedule=wsd": [0.1]})
+    jobs = sweep.phase_b(args, tmp_path, {sweep.RECIPE: [0.1]})
     assert [job.arms for job in jobs] == [("dense", "cl"), ("dense-replay-5",)] and len({job.folder for job in jobs}) == 2
 
 
@@ -108,7 +108,7 @@ def test_the_best_is_that_of_the_mean_over_seeds_and_a_run_that_did_not_end_neve
 
 def test_the_grid_grows_for_all_arms_until_every_optimum_is_interior(tmp_path, capsys):
     made = run(tmp_path, bowl({"dense": 0.1, "cl": 2.8}), "--lrs", "0.1,0.3,1", "--seeds", "1,2")
-    assert made["grid"] == {"lr_schedule=wsd": [0.0333, 0.1, 0.3, 1.0, 3.33, 11.1]}
+    assert made["grid"] == {sweep.RECIPE: [0.0333, 0.1, 0.3, 1.0, 3.33, 11.1]}
     assert made["trials"] == {"dense": 12, "cl": 12}, "an extension gives both as many trials"
     assert (made["best"]["dense"]["lr_mult"], made["best"]["cl"]["lr_mult"]) == (0.1, 3.33)
     said = capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_the_grid_grows_for_all_arms_until_every_optimum_is_interior(tmp_path, c
 
 def test_an_optimum_that_stays_at_the_edge_is_not_called_one(tmp_path, capsys):
     made = run(tmp_path, lambda a, job: -job.recipe.lr_mult, "--arms", "dense", "--lrs", "0.5,1", "--seeds", "1")
-    assert made["grid"]["lr_schedule=wsd"] == [0.5, 1.0, 2.0, 4.0, 8.0]
+    assert made["grid"][sweep.RECIPE] == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert "NO optimum, still the edge after 3 extensions" in capsys.readouterr().out
 
 
@@ -156,12 +156,12 @@ def test_the_arm_that_a_guard_stopped_has_lost_a_trial_and_the_others_run_again_
         made = sweep.sweep(sweep.parse([*TOY, "--arms", "dense,dense-rows,cl", "--lrs", "0.1,0.3,1,3", "--seeds", seeds]), tmp_path, start)
     assert made["trials"] == {"dense": 8, "dense-rows": 8, "cl": 8}, "a trial is not forgotten"
     ended = {row["run"]: (row["status"], row["arms"]) for row in made["runs"] if row["lr_mult"] == 3.0 and row["seed"] == 1}
-    assert ended == {"lr_mult=3.0,lr_schedule=wsd_s1": ("lost", ("cl",)), "dense+dense-rows_lr_mult=3.0,lr_schedule=wsd_s1": ("lost", ("dense-rows",)),
-                     "dense_lr_mult=3.0,lr_schedule=wsd_s1": ("complete", ("dense",))}
+    assert ended == {f"lr_mult=3.0,{sweep.RECIPE}_s1": ("lost", ("cl",)), f"dense+dense-rows_lr_mult=3.0,{sweep.RECIPE}_s1": ("lost", ("dense-rows",)),
+                     f"dense_lr_mult=3.0,{sweep.RECIPE}_s1": ("complete", ("dense",))}
     assert (made["best"]["dense"]["lr_mult"], made["best"]["cl"]["lr_mult"]) == (1.0, 0.3)
     made = sweep.sweep(sweep.parse([*TOY, "--arms", "dense,dense-rows,cl", "--lrs", "0.3,1", "--seeds", "1,1"]), tmp_path,
                        lambda job, slot: pytest.fail(f"{job.name} ran again"))
-    assert made["trials"]["dense"] == 8 and made["grid"]["lr_schedule=wsd"] == [0.1, 0.3, 1.0, 3.0] and made["best"]["dense"]["lr_mult"] == 1.0
+    assert made["trials"]["dense"] == 8 and made["grid"][sweep.RECIPE] == [0.1, 0.3, 1.0, 3.0] and made["best"]["dense"]["lr_mult"] == 1.0
 
 
 def test_any_other_failure_stops_the_sweep_and_is_no_trial(tmp_path):
@@ -174,7 +174,7 @@ def test_any_other_failure_stops_the_sweep_and_is_no_trial(tmp_path):
         sweep.sweep(sweep.parse([*TOY, "--name", "other", "--seeds", "7,8", "--jobs", "3"]), tmp_path, broken)
     assert [fake.signals for fake in others[1:]] == [[signal.SIGTERM]] * 2
     others, status = [], 1  # a crash, and what torchrun makes of every status; that it had begun changes nothing
-    for job in sweep.phase_b(sweep.parse([*TOY, "--name", "other"]), tmp_path, {"lr_schedule=wsd": [0.1]}):
+    for job in sweep.phase_b(sweep.parse([*TOY, "--name", "other"]), tmp_path, {sweep.RECIPE: [0.1]}):
         files.write_jsonl(job.folder / "records.jsonl", [{"arm": "dense", "final": False, "tok_per_s": 0.0}])
     with pytest.raises(UserError, match="ended with status 1"):
         sweep.sweep(sweep.parse([*TOY, "--name", "other", "--seeds", "7,8", "--jobs", "3"]), tmp_path, broken)
