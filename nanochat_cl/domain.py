@@ -1,12 +1,15 @@
 """
 The domain of Phase B: documents with a sub-domain each, cut into train, val and test, free of overlap with what is held out anywhere.
 
-A domain is a recipe in nanochat_cl/domains/<name>.json: {"description", "order" of the sub-domains (seed, name, size, given: as the
-sources come, or time: of their first documents, which are in this order, too), "sources": [{"source", and how a row names its sub-domain:
-"value", or "column" with an optional "pattern" (its first group is the name) and "values" (read no further when all are full); "key", a
-column that pieces of one work have in common; "time", one with a year or an ISO date (default: time; of a text file its last change)}], "questions": [path or glob, from the recipe's folder, of jsonl files as exam.read takes them, or
-{"name", ...} as sources.questions reads them from a hub]};
-or the path of such a file; or just files:<folder or glob>, or hf:<dataset>[:config][:column].
+A domain is a recipe in nanochat_cl/domains/<name>.json, or in a file of that form; or just files:<folder or glob>, or
+hf:<dataset>[:config][:column]. Of a recipe:
+
+    description
+    order       of the sub-domains: seed, name, size, given (as the sources come) or time (all documents by time, sub-domains by their first)
+    sources     [{"source", and how a row names its sub-domain: "value", or "column" with an optional "pattern", whose first group is the name,
+                and "values" (read no further when all are full); "key", a column that pieces of one work have in common; "time", one with a
+                year or an ISO date, compared as text (default: time; of a text file its last change, which a copy sets anew)}]
+    questions   [path or glob of jsonl files as exam.read takes them, from the recipe's folder, or {"name", ...}: sources.questions]
 
 python -m nanochat_cl.domain --profile cpu
 python -m nanochat_cl.domain --profile gpu1 --domain 'files:/data/company'   # sub-domain = top folder

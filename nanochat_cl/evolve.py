@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from nanochat_cl.learner import PhaseA
     from nanochat_cl.phase_b import PhaseB
 
-SIZES = {"domain": str, "schedule": str, "visit_tokens": int, "milestone_tokens": int, "max_tokens": int, "device_batch_size": int,
-         "eval_docs": int, "probe_items": int}  # fields of a profile; a flag of that name wins
+SIZES = {  # fields of a profile; a flag of that name wins
+    "domain": (str, "as nanochat_cl.domain takes it"), "schedule": (str, "sequential, cyclic (rounds of visits), iid or drift"),
+    "visit_tokens": (int, "cyclic: tokens of a visit to a sub-domain"), "milestone_tokens": (int, "trained tokens between two evaluations"),
+    "max_tokens": (int, "trained tokens, 0: never stop"), "device_batch_size": (int, "rows per rank and micro-step"),
+    "eval_docs": (int, "held-out documents of a sub-domain and split"), "probe_items": (int, "items of each probe")}
 LINES = 64  # of progress
 
 
@@ -42,8 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the run's folder (default: profile, domain, recipe and seed)")
     parser.add_argument("--depth", type=int, help="of the Phase A checkpoints (default: the profile's)")
     parser.add_argument("--from", dest="tag", help="for one arm: its folder in base_checkpoints (default: d<depth>_<arm>_s<seed>)")
-    for name, kind in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"default: the profile's{'; 0: never stop' * (name == 'max_tokens')}")
+    for name, (kind, help) in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{help} (default: the profile's)")
     parser.add_argument("--repeat", action="store_true", help="begin the stream again when it ends")
     for option in fields(Recipe):
         flag, kind = f"--{option.name.replace('_', '-')}", type(option.default)
@@ -244,8 +247,10 @@ def h1(records: list[dict]) -> str:
 
 def what_next(args: argparse.Namespace, folder: Path) -> str:
     """The commands that read the records."""
-    readers = ["crossover", "report"] if len(args.arms) > 1 else ["report"]
-    return "next: " + ", then ".join(f"python -m nanochat_cl.{reader} {folder}" for reader in readers)
+    ours = [arm for arm in args.arms if not arm.startswith("dense")]
+    other = f" --arm {ours[0]}" if ours and "cl" not in ours else ""
+    readers = ["crossover", "report"] if 0 < len(ours) < len(args.arms) else ["report"]
+    return "next: " + ", then ".join(f"python -m nanochat_cl.{reader} {folder}{other}" for reader in readers)
 
 
 def evolve(args: argparse.Namespace) -> None:

@@ -91,7 +91,7 @@ def recalled(c: Curves, run: int) -> dict[float, float]:
 
 def floor(c: Curves, shown: list[int]) -> Figure:
     """
-    Held-out general text; the mean of the probes on nonce words, chance being 0; what is left of passages that the stream has shown, beyond
+    Held-out general text; the mean of the made-up probes, chance being 0; what is left of passages that the stream has shown, beyond
     the gain on held-out passages of the same sub-domain; right answers to questions of fact, which may be forgotten.
     """
     fig = Figure(figsize=(7, 6))

@@ -2,7 +2,8 @@
 Which documents are held out, and how much of a text can be read in them.
 
 A document's key alone decides its class, before anything else is known: 5 % val (recipes are chosen on it), 5 % test (the certificate
-only). Overlap counts shared 13-grams of words (Brown et al. 2020, appendix C), as 64-bit hashes in one sorted array: no pairs of documents.
+only). Overlap counts shared 13-grams of words (Brown et al. 2020, appendix C), or of characters where a script writes no spaces, as 64-bit
+hashes in one sorted array: no pairs of documents.
 
 G groups of held-out texts.
 """
@@ -17,7 +18,7 @@ from nanochat_cl.parallel import parallel
 
 HELD_OUT = ("val", "test")
 FRACTION = 0.05  # of the keys, for each held-out class
-NGRAM = 13       # words
+NGRAM = 13       # words, or such characters
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Thai to Chinese
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")  # of a script that writes no spaces every character
 BLOCK = 8192     # texts whose hashes are in memory at once
@@ -38,7 +39,7 @@ def split_of(key: str) -> str:
 
 
 def grams(text: str) -> np.ndarray:
-    """Sorted unique 64-bit hashes of the word 13-grams of the lower-cased text, the same in every process; a shorter text is one."""
+    """Sorted unique 64-bit hashes of the 13-grams of the lower-cased text, the same in every process; a shorter text is one."""
     words = np.fromiter((zlib.crc32(word.encode("utf-8", "ignore")) for word in WORD.findall(text.lower())), np.uint64)
     n = min(NGRAM, len(words))
     result = np.zeros(len(words) - n + 1 if n else 0, np.uint64)

@@ -2,7 +2,7 @@
 Phase A: upstream's own `scripts.base_train`, run under the patches. All its flags pass through and win over the profile's.
 
 python -m nanochat_cl.pretrain --profile cpu --arm dense --seed 42
-torchrun --standalone --nproc_per_node=8 -m nanochat_cl.pretrain --profile h100x8 --arm cl --depth 16
+torchrun --standalone --nproc_per_node=8 -m nanochat_cl.pretrain -- --profile h100x8 --arm cl --depth 16
 
 Writes <base>/base_checkpoints/d<depth>_<arm>_s<seed>/: upstream's files, phase_a_begun.json while it trains, phase_a.json at the
 end. Run again it continues from the last whole checkpoint, or says that there is nothing left to do.

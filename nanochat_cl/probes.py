@@ -1,8 +1,8 @@
 """
-The floor: fluency and basic inference on nonce words, so that nothing can be memorised.
+The floor: fluency and basic inference, made up from a seed, mostly of nonce words, so that nothing can be memorised.
 
-Procedural items come in twins: the same words and the same two choices, and a context that makes the one or the other right. Whoever looks
-at the choices alone (their length, their frequency) is right on exactly half of the items. Items depend on the seed only.
+Items come in twins: the same words and the same two choices, and a context that makes the one or the other right (`order`: the same two
+orders, of which the one is right). Whoever looks at the choices alone (length, frequency) is right on exactly half of the items.
 """
 import random
 import re
@@ -79,7 +79,7 @@ def determiner(r: random.Random, level: int, flip: bool) -> Made:
     word = r.choice([("this", "these"), ("that", "those"), ("one", "two"), ("every", "many")][:4 if level else 1])[flip]
     return " ".join(["They", r.choice(VERBS), word, *r.sample(ADJECTIVES, level)]), r.choice(NOUNS if level else THINGS)
 
-# Inference at levels 1 and 2; `n` words a side, of which the first ones are asked for. Level 0 is `stated`.
+# Inference at levels 1 and 2; `n` words a side, of which the first ones are asked for. Level 0 is `stated`, but for brackets.
 
 def transitivity(r: random.Random, level: int, flip: bool) -> Made:
     names = nonce(r, 2 * level)

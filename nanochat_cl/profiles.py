@@ -15,7 +15,7 @@ class Profile:
     # Phase A: flags of upstream's scripts.base_train; whatever is not named here keeps upstream's default
     pretrain: tuple[str, ...]
     # Phase B
-    schedule: str                   # sequential | cyclic | iid
+    schedule: str                   # sequential | cyclic | iid | drift
     visit_tokens: int               # tokens of one visit to a sub-domain
     milestone_tokens: int           # trained tokens between two evaluations
     max_tokens: int                 # trained tokens of Phase B

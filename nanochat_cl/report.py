@@ -3,7 +3,7 @@ The report of a run: report.html (one file, opens without a network), crossover.
 
     python -m nanochat_cl.report RUN_DIR [RUN_DIR ...]      pools the runs; writes to the first directory
 
-Of a run with one arm it shows the curves and what they cost: without a second arm there is nothing to compare, and no verdict.
+Of one arm, or of dense ones alone, it shows the curves and what they cost: there is nothing to compare, and no verdict.
 """
 import argparse
 import io
@@ -205,10 +205,11 @@ def run_of(c: curves.Curves, i: int) -> str:
 def report(run_dirs: list[str], arm: str = "cl") -> dict:
     """Write every output of the report to the first directory; the content of result.json is returned."""
     records, out = curves.load(run_dirs), Path(run_dirs[0])
-    v = crossover.certify(run_dirs, arm) if len({r["arm"] for r in records}) > 1 else None
+    names = {r["arm"] for r in records}
+    v = crossover.certify(run_dirs, arm) if len(names) > 1 and not all(name.startswith("dense") for name in names) else None
     c = curves.paired(records)
     shown = [c.names.index(name) for name in (v["curves"]["dense_run"][-1], v["cl"])] if v else [int(c.val[..., -1].mean(1).argmax())]
-    result = dict(verdict=v and v["verdict"], sentence=v["sentence"] if v else "one arm: nothing to compare",
+    result = dict(verdict=v and v["verdict"], sentence=v["sentence"] if v else f"{', '.join(sorted(names))}: nothing to compare",
                   ledger=ledger(c), certificate=v, runs=[str(d) for d in run_dirs])
     configs, samples = [], []
     for folder in map(Path, run_dirs):

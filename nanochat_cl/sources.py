@@ -29,7 +29,7 @@ LARGEST = 10_000_000  # characters of one document: beyond it is a dump, not a t
 ROWS = {".jsonl", ".parquet"}
 TEXT = set(".txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .scala .kt .jl .r .lua .sh .sql".split())
 # Tools, and what only tests install: the embedded corpora must not depend on them.
-NOT_OURS = set("scipy hypothesis xdist execnet _pytest pytest pip setuptools pkg_resources _distutils_hack nanochat_cl".split())
+NOT_OURS = set("scipy hypothesis sortedcontainers xdist execnet _pytest pytest pip setuptools pkg_resources _distutils_hack nanochat_cl".split())
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 TESTS = {"test", "tests", "testing", "_tests", "conftest"}
 

@@ -344,3 +344,6 @@ def test_progress_has_a_first_line_a_line_a_step_and_what_comes_next(base, capsy
     assert len(lines) == 1 + 5 + 2
     assert evolve.what_next(evolve.parse(["--arms", "dense,cl"]), Path("r")) == \
         "next: python -m nanochat_cl.crossover r, then python -m nanochat_cl.report r"
+    assert evolve.what_next(evolve.parse(["--arms", "dense,cl-mlp"]), Path("r")) == \
+        "next: python -m nanochat_cl.crossover r --arm cl-mlp, then python -m nanochat_cl.report r --arm cl-mlp"
+    assert evolve.what_next(evolve.parse(["--arms", "dense,dense-rows"]), Path("r")) == "next: python -m nanochat_cl.report r"

@@ -14,7 +14,7 @@ VARIABLES = {"$PROFILE": "cpu", "$SEED": "42", "$NAME": "s42", "$WANDB_RUN": "du
 
 def commands(name: str) -> list[tuple[str, list[str]]]:
     """(module, arguments) of every `python -m` or `launch` in a file."""
-    found = re.findall(r"(?:python -m|launch) (nanochat_cl\.\w+)([^\n`#]*)", (REPO / name).read_text())
+    found = re.findall(r"(?:python -m|launch) (nanochat_cl\.\w+)([^\n`#]*)", (REPO / name).read_text().replace("\\\n", " "))
     words = lambda text: [VARIABLES.get(w, w) for w in shlex.split(re.sub(r"\$\w+", lambda v: VARIABLES.get(v[0], v[0]), text.split(" | ")[0]))]
     return [(module, words(text)) for module, text in found if module != "nanochat_cl.machine"]
 

@@ -98,12 +98,13 @@ def test_what_was_not_measured_is_said_not_invented(bare):
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S).replace("nanochat", "")
 
 
-def test_one_arm_alone_has_its_curves_and_costs_and_no_verdict(tmp_path):
-    rows = [r for r in synthetic.records(milestones=3) if r["arm"] == "dense"]
+@pytest.mark.parametrize("names", [["dense"], ["dense", "dense-rows"]])
+def test_one_arm_or_dense_ones_alone_have_their_curves_and_costs_and_no_verdict(tmp_path, names):
+    rows = synthetic.records({(name, "default"): (1.0, lambda t: 0.0, 0.25) for name in names}, milestones=3)
     folder = synthetic.write(tmp_path / "run", rows, config=CONFIG, samples=SAMPLES)
     result, page = report.report([str(folder)]), (folder / "report.html").read_text()
-    assert result["verdict"] is result["certificate"] is None and list(result["ledger"]) == ["dense/default"]
-    assert "one arm: nothing to compare" in page and page.count("<svg") == 6 and "hypothesis" not in page
+    assert result["verdict"] is result["certificate"] is None and list(result["ledger"]) == [f"{name}/default" for name in names]
+    assert f"{', '.join(names)}: nothing to compare" in page and page.count("<svg") == 6 and "hypothesis" not in page
     assert {p.name for p in folder.iterdir()} == {"records.jsonl", "config.json", "samples.json", "result.json", "report.html",
                                                   "crossover.png", "floor.png", "matrix.png"}
 
