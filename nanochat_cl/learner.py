@@ -80,11 +80,11 @@ class Learner:
         if audit and world_size > 1:
             raise UserError(f"--audit looks at whole gradients, and a rank has its share of them: expected one rank, got {world_size}")
         with torch.device("meta"):
-            self.model = gpt.GPT(gpt.GPTConfig(**phase_a.config))
+            self.model, before = (gpt.GPT(gpt.GPTConfig(**config)) for config in (phase_a.config, meta["model_config"]))
         # Windows as long as the context grow with it, short ones stay as they were.
-        before = self.model._compute_window_sizes(gpt.GPTConfig(**meta["model_config"]))
         whole = (meta["model_config"]["sequence_len"], phase_a.config["sequence_len"])
-        self.model.window_sizes = [new if (old[0], new[0]) == whole else old for old, new in zip(before, self.model.window_sizes)]
+        self.model.window_sizes = [new if (old[0], new[0]) == whole else old
+                                   for old, new in zip(before.window_sizes, self.model.window_sizes)]
         self.model.config.trained_len = whole[0]  # for accounting
         self.model.to_empty(device=device)
         self.model.init_weights()

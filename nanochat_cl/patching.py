@@ -136,7 +136,7 @@ def train_dense() -> dict[str, Any]:
            "shards": dataset.list_parquet_files(str(upstream.REPO)), "groups": optimizer.state_dict()["param_groups"]}
     for step in range(3):
         idx = torch.randint(config.vocab_size, (4, 33))
-        out[f"loss {step}"] = model(idx[:, :-1], idx[:, 1:])
+        out[f"loss {step}"] = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
         out[f"loss {step}"].backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)

@@ -107,7 +107,7 @@ class PhaseB:
         for learner in self.learners:
             if (milestone := self.marks.number(step)) is not None:
                 learner.grow(milestone, batch.inputs)
-            inputs, targets = batch.inputs[rank::world_size], batch.targets[rank::world_size]
+            inputs, targets = (rows[rank::world_size].contiguous() for rows in (batch.inputs, batch.targets))
             learner.step(inputs, targets, self.rows, step, self.steps, self.marks.number(step + 1) is not None)
             if reason := learner.trouble():
                 self.give_up(learner, reason)
@@ -169,7 +169,7 @@ class PhaseB:
         place, step, (weights, config) = learner.phase_a.place.with_name(self.tag(learner.name)), best["step"], learner.kept()
         meta = {**learner.phase_a.meta, "step": step, "val_bpb": best["general"]["val"]["bpb"], "model_config": config}
         checkpoint_manager.save_checkpoint(str(place), step, weights, None, meta, runs.ranks()[0])
-        for older in {*place.glob("*.*")} - {*place.glob(f"*_{step:06d}.*")}:  # no longer the best
+        for older in {*place.glob("*.*")} - {*place.glob(f"*_{step:06d}.*")} if runs.ranks()[0] == 0 else ():  # no longer the best
             older.unlink(missing_ok=True)
         runs.write(files.write_json, place / "phase_a.json", {**learner.phase_a.result, "phase_b_tokens": best["tokens"]})
 

@@ -141,7 +141,8 @@ def choose(parts: list[Routed], pooled: Tensor, lengths: tuple[int, ...]) -> tup
     choice and gate (L, B, S, k), and used (L, R) tokens. Released blocks join the others of a chunk and displace none.
     """
     first = parts[0]
-    score = torch.einsum("bsn,lrn->lbsr", pooled, torch.stack([part.router[:part.routed] for part in parts]))
+    # In float64, which no GPU rounds to TF32: near ties must fall alike in training and in decoding.
+    score = torch.einsum("bsn,lrn->lbsr", pooled.double(), torch.stack([part.router[:part.routed] for part in parts]).double()).float()
     preference = (score + torch.stack([part.balance for part in parts])[:, None, None]).detach()
     old = first.routed - first.held
     choice = preference[..., :old].topk(first.active).indices
@@ -159,10 +160,10 @@ def over_ranks(counts: Tensor) -> Tensor:
     return all_reduce(counts, "sum", dist.group.WORLD) if dist.is_initialized() else counts
 
 
-def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None) -> None:
+def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: bool = False) -> None:
     """
     Choose blocks and heads of every layer for idx (B, T) and leave the decision with each part. With a cache, idx continues what the
-    cache holds: the chunk in progress keeps its blocks. In training their use is counted.
+    cache holds: the chunk in progress keeps its blocks. Of a forward that is `learning`, on all ranks, their use is counted.
     """
     cl, kinds, T = model.config.cl, parts(model), idx.shape[1]
     position = kv_cache.get_pos() if kv_cache is not None else 0
@@ -175,7 +176,7 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None) -> None:
     table = model.transformer.wte.weight if frozen is None else frozen
     # As counted before this batch, which must not take part in its own routing. It costs V x n, so not where no chunk starts.
     everywhere = common(model.token_count, table) if starts else None
-    counting = model.training and frozen is None
+    counting = learning and frozen is None
     if counting:
         ones = torch.ones_like(idx.flatten(), dtype=torch.float32)
         seen = torch.zeros_like(model.token_count).index_add(0, idx.flatten(), ones)  # whole numbers: the same in any order of adding
@@ -191,7 +192,7 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None) -> None:
         pooled = centred(total[:, :len(starts)], weight[:, :len(starts)], constant, everywhere)
         for kind in kinds:
             choice, gate, used = choose(kind, pooled, lengths)
-            if model.training:
+            if learning:
                 used = over_ranks(used) if counting else used
                 with torch.no_grad():
                     for part, tokens in zip(kind, used):
@@ -272,10 +273,7 @@ def reset_usage(model: torch.nn.Module) -> None:
 @torch.no_grad()
 def choices(model: torch.nn.Module, idx: Tensor) -> Tensor:
     """(L, B, S, k) blocks of the MLPs that a forward of idx (B, T) uses, each chunk's in ascending order. Counts nothing."""
-    training = model.training
-    model.eval()
     decide(model, idx)
-    model.train(training)
     found = torch.stack([part.decision.choice for part in parts(model)[0]])
     forget(model)
     return found.sort(-1).values

@@ -8,6 +8,8 @@ Verified: tests/test_routing.py, tests/test_model_cl.py.
 """
 import functools
 
+import torch
+
 from nanochat_cl import routing
 
 SIGNATURE = ("self", "idx", "targets", "kv_cache", "loss_reduction")
@@ -18,7 +20,8 @@ def wrap(original):
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
         if getattr(self.config, "cl", None) is None:
             return original(self, idx, targets, kv_cache, loss_reduction)
-        routing.decide(self, idx, kv_cache)
+        # Not by the mode: a script may score or sample without a word to the model. Who trains wants a loss and its gradient.
+        routing.decide(self, idx, kv_cache, learning=targets is not None and torch.is_grad_enabled())
         out = original(self, idx, targets, kv_cache, loss_reduction)
         routing.forget(self)
         return out

@@ -28,7 +28,7 @@ def block_step(kernel, group):
         still, slowed = ((f := factor == 0).nonzero(as_tuple=True)), ((factor != 1) & ~f).nonzero(as_tuple=True)
         kept, before = [t[still] for t in (params, momentum, second)], params[slowed]
         lr = torch.full_like(lr_t, group["lr"])  # upstream's own factor for tall matrices doesn't apply, see gpt_optimizer
-        kernel(*(t.flatten(0, 1) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * group["decay"], beta2_t, ns_steps, -1)
+        kernel(*(t.view(-1, *t.shape[2:]) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * group["decay"], beta2_t, ns_steps, -1)
         params[slowed] = before.lerp(params[slowed], factor[slowed].to(params.dtype)[:, None, None])
         for now, old in zip((params, momentum, second), kept):
             now[still] = old

@@ -21,9 +21,9 @@ def cache(rows, seq_len=64, layers=SIZES["n_layer"]):
                           device=torch.device("cpu"), dtype=torch.float32)
 
 
-def by_kind(model, idx, kv_cache=None):
+def by_kind(model, idx, kv_cache=None, learning=False):
     """For blocks, then heads: (L, B, T, k) choice and gate of every token; a cache is advanced as attention would."""
-    routing.decide(model, idx, kv_cache)
+    routing.decide(model, idx, kv_cache, learning)
     if kv_cache is not None:
         kv_cache.advance(idx.shape[1])
     kinds = []
@@ -110,7 +110,7 @@ def test_any_way_of_cutting_a_text_into_cached_calls_chooses_the_same_blocks_and
     for kind, (choice, gate) in enumerate(expected):
         assert torch.equal(torch.cat([p[kind][0] for p in pieces], dim=2), choice)
         torch.testing.assert_close(torch.cat([p[kind][1] for p in pieces], dim=2), gate, atol=1e-6, rtol=0)
-    trained = by_kind(model.train(), idx)  # counts the batch afterwards only
+    trained = by_kind(model, idx, learning=True)  # counts the batch afterwards only
     assert all(torch.equal(a[0], b[0]) for a, b in zip(trained, expected)), "training chooses other blocks than evaluation"
 
 
@@ -171,12 +171,14 @@ def test_decoding_pools_the_whole_table_only_where_a_chunk_starts(monkeypatch):
     assert at == [0, 32, 48]
 
 
-def test_use_is_counted_in_training_only():
-    model, idx = build(chunk=32), tokens(3, 50)
-    model.eval()(idx)
-    assert not any(used.any() for used in routing.usage(model))
+def test_use_is_counted_where_a_loss_has_a_gradient_whatever_mode_the_model_is_in():
+    model, idx = build(chunk=32).train(), tokens(3, 50)
+    model(idx)
+    with torch.no_grad():
+        model(idx, idx)
+    assert not any(used.any() for used in routing.usage(model)) and not model.token_count.any()
     kinds = by_kind(model, idx)
-    model.train()(idx)
+    model.eval()(idx, idx)
     for used, (choice, _), routed, active in zip(routing.usage(model), kinds, (14, 3), (4, 2), strict=True):
         expected = torch.stack([torch.bincount(c.flatten(), minlength=routed) for c in choice]).float()
         assert torch.equal(used, expected) and expected.sum() == 2 * 3 * 50 * active
