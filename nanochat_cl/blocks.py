@@ -121,18 +121,20 @@ class Gather(torch.autograd.Function):
         return (one_hot.mT @ grad.reshape(one_hot.shape[0], -1)).view(ctx.shape), None
 
 
-def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
-    """Copy each chunk's blocks together and multiply in batches, one batch per run of chunks of equal length."""
-    (B, _, n), b = x.shape, fc.shape[1]
+def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision, short: int = 0) -> Tensor:
+    """Copy each chunk's blocks together and multiply in batches, one per run of chunks of equal length; those below `short` are masked."""
     out, chunk, position = [], 0, 0
-    for length, run in groupby(decision.lengths):
-        count = len(list(run))
-        here = x[:, position:position + count * length].reshape(B * count, length, n)
-        choice = decision.choice[:, chunk:chunk + count].flatten(0, 1)                              # (M, k)
-        gate = decision.gate[:, chunk:chunk + count].flatten(0, 1).to(x.dtype)[:, None, :, None]    # (M, 1, k, 1)
-        hidden = relu2(here @ Gather.apply(fc, choice).mT).unflatten(-1, (-1, b)) * gate
-        out.append((hidden.flatten(-2) @ Gather.apply(proj, choice)).view(B, count * length, n))
-        chunk, position = chunk + count, position + count * length
+    for length, run in groupby([0 if length < short else length for length in decision.lengths]):
+        lengths = decision.lengths[chunk:chunk + len(list(run))]
+        at, here = slice(chunk, chunk + len(lengths)), x[:, position:position + sum(lengths)]
+        choice, gate = decision.choice[:, at], decision.gate[:, at]
+        if length:
+            choice, gate = choice.flatten(0, 1), gate.flatten(0, 1).to(x.dtype)[:, None, :, None]     # (M, k), (M, 1, k, 1)
+            hidden = relu2(here.reshape(len(choice), length, -1) @ Gather.apply(fc, choice).mT).unflatten(-1, (-1, fc.shape[1])) * gate
+            out.append((hidden.flatten(-2) @ Gather.apply(proj, choice)).view(here.shape))
+        else:
+            out.append(masked(here, fc, proj, Decision(choice, gate, lengths)))
+        chunk, position = at.stop, position + sum(lengths)
     return torch.cat(out, dim=1)
 
 
@@ -141,23 +143,14 @@ def one_choice(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tenso
     if not torch.compiler.is_compiling() and not (decision.choice == decision.choice[:1, :1]).all():
         raise ValueError("the backend slice needs one choice for all chunks; these chose differently: use auto, bmm or masked")
     choice = decision.choice[0, 0]
-    gate = spread(decision._replace(choice=torch.arange(len(choice), device=x.device).expand_as(decision.choice)), len(choice))
-    hidden = relu2(x @ fc[choice].flatten(0, 1).mT).unflatten(-1, (len(choice), -1)) * gate.to(x.dtype).unsqueeze(-1)
-    return hidden.flatten(-2) @ proj[choice].flatten(0, 1)
+    own = torch.arange(len(choice), device=x.device).expand_as(decision.choice)
+    return masked(x, fc[choice], proj[choice], decision._replace(choice=own))
 
 
 def auto(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
     """One choice where there is one chunk; else short chunks masked, the others by bmm."""
-    if decision.choice.shape[0] * decision.choice.shape[1] == 1:
-        return one_choice(x, fc, proj, decision)
-    out, chunk, position = [], 0, 0
-    for short, run in groupby([length < SHORT for length in decision.lengths]):
-        lengths = decision.lengths[chunk:chunk + len(list(run))]
-        at = slice(chunk, chunk + len(lengths))
-        here, part = x[:, position:position + sum(lengths)], Decision(decision.choice[:, at], decision.gate[:, at], lengths)
-        out.append((masked if short else bmm)(here, fc, proj, part))
-        chunk, position = chunk + len(lengths), position + sum(lengths)
-    return torch.cat(out, dim=1)
+    one = decision.choice.shape[0] * decision.choice.shape[1] == 1
+    return one_choice(x, fc, proj, decision) if one else bmm(x, fc, proj, decision, SHORT)
 
 
 BACKENDS = {"auto": auto, "masked": masked, "bmm": bmm, "slice": one_choice}

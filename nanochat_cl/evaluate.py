@@ -20,6 +20,7 @@ from nanochat_cl.holdout import digest
 from nanochat_cl.sources import read_parquet
 
 FIRST_CHUNK = 16  # positions that Model-CL routes by a learned constant, unless its chunks are shorter: nothing was read yet
+MAX_TOKENS = 16_384  # of a batch: eagerly scored, its logits are in memory several times, in float32
 MIN_CHARS = 1024  # such documents are preferred: of a short one, a large share is in the first chunk
 
 
@@ -33,12 +34,16 @@ class Panel:
 
 
 def plan(subdomains: Sequence[str], sequences: Sequence[Sequence[int]], rows: int, first: Sequence[int] | None = None) -> Panel:
-    """A panel with batches of `rows` sequences."""
+    """A panel with batches of at most `rows` sequences, and MAX_TOKENS where one alone has not more."""
     assert min(map(len, sequences), default=2) >= 2, "a sequence needs BOS and one token to score"
     longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    batches = tuple(tuple(longest_first[i:i + rows]) for i in range(0, len(sequences), rows))
+    batches = []
+    while longest_first:
+        n = max(1, min(rows, MAX_TOKENS // len(sequences[longest_first[0]])))
+        batches.append(tuple(longest_first[:n]))
+        longest_first = longest_first[n:]
     return Panel(tuple(subdomains), tuple(np.asarray(s, dtype=np.int64) for s in sequences),
-                 tuple(first) if first is not None else (1,) * len(sequences), batches)
+                 tuple(first) if first is not None else (1,) * len(sequences), tuple(batches))
 
 
 def load_panel(path: Path, tokenizer, docs_per_subdomain: int, seq_len: int, rows: int) -> Panel:

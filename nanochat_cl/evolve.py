@@ -142,7 +142,7 @@ def same_text(args: argparse.Namespace, found: list["PhaseA"], words: str, text:
 
 def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     """All that can be refused is refused here, before anything is written; the folder is locked in `held`. None when the run is complete."""
-    from nanochat import common
+    from nanochat import common, flash_attention
 
     from nanochat_cl import tokenizer
     from nanochat_cl.exam import Exam
@@ -154,6 +154,10 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
         *_, world_size, device = common.compute_init(args.device_type or common.autodetect_device_type())
     except AssertionError as e:
         raise UserError(f"no device {args.device_type} here ({e}); leave out --device-type to use what there is") from e
+    if common.COMPUTE_DTYPE == torch.float16:
+        raise UserError("in float16 small gradients vanish, and what has none counts as idle: set NANOCHAT_DTYPE to bfloat16 or float32")
+    if device.type == "cuda" and not flash_attention.USE_FA3:
+        machine.say("evolve | warning: no Flash Attention 3, so attention is PyTorch's: windows save it no time")
     vocabulary, token_bytes = tokenizer.load(args.profile)
     found = checkpoints(args, vocabulary.get_vocab_size())
     sizes, recipe, base, seq_len = args.sizes, args.recipe, Path(common.get_base_dir()), found[0].seq_len
@@ -170,7 +174,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     words, text = tokenizer.fingerprint(token_bytes), corpus.fingerprint(made, "general_files")
     asked = {**{key: getattr(args, key) for key in ("profile", "arms", "seed", "repeat", "audit", "confirmatory", "floor_guard")}, **sizes,
              "recipe": vars(recipe), "batch_tokens": batch_tokens, "seq_len": seq_len, "ranks": world_size, "device": device.type,
-             "dtype": str(common.COMPUTE_DTYPE), "tokenizer": words, "domain_text": corpus.fingerprint(made), "general_text": text,
+             "dtype": str(common.COMPUTE_DTYPE), "fa3": flash_attention.USE_FA3, "tokenizer": words, "domain_text": corpus.fingerprint(made), "general_text": text,
              "phase_a": {a.arm: {"checkpoint": a.place.name, "step": a.step, "config": a.config} for a in found}}
     if (folder / "config.json").is_file():
         runs.check_same(folder, files.read_json(folder / "config.json")["asked"], asked, "give its flags, or another --name")
@@ -297,7 +301,7 @@ def evolve(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    machine.prepare()
+    machine.prepare(args.device_type)
     evolve(args)
 
 

@@ -16,13 +16,6 @@ NEWCOMERS = ("random", "passages")
 SPREADS = 3  # a passage scores so many standard deviations of a random router's scores for a block that was made for it
 
 
-def check(release: str, newcomers: str) -> None:
-    """UserError where a recipe names no rule of this page."""
-    if newcomers not in NEWCOMERS:
-        raise UserError(f"--newcomers must be {' or '.join(NEWCOMERS)}, got {newcomers!r}")
-    released(release, held=0, milestone=0)
-
-
 def released(rule: str, held: int, milestone: int) -> int:
     """Blocks out of `held` that `rule` has released by a milestone (from 0): `all`, `none`, or so many at each milestone."""
     if rule in ("all", "none"):

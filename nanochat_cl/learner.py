@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from nanochat import checkpoint_manager, common, gpt
 
-from nanochat_cl import accounting, arms, files, growth, isolation, lora, machine, metrics, plasticity, recipes, routing, runs
+from nanochat_cl import accounting, arms, files, isolation, lora, machine, metrics, plasticity, recipes, routing, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.recall import Recall
 
@@ -76,7 +76,6 @@ class Learner:
         load, shards = recipe.optimizer == "load", len(list(place.glob(f"optim_{phase_a.step:06d}_rank*.pt")))
         if load and shards != world_size:
             raise UserError(f"{place} has optimizer state of {shards} ranks, this run has {world_size}; use as many, or --optimizer reset")
-        growth.check(recipe.release, recipe.newcomers)
         if audit and world_size > 1:
             raise UserError(f"--audit looks at whole gradients, and a rank has its share of them: expected one rank, got {world_size}")
         with torch.device("meta"):
@@ -166,16 +165,12 @@ class Learner:
         then = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return metrics.change(then, now), metrics.unmoved(then, now, self.phase_a.config["cl"]["shared"]) if self.sparse else None
 
-    def grow(self, milestone: int, next_inputs: torch.Tensor) -> None:
-        """Release what is due of a reserve."""
-        growth.grow(self.model, self.recipe.release, self.recipe.newcomers, milestone, next_inputs.to(self.device))
-
     def _idle_shares(self) -> list[float]:
         """For each kind of part, the share of (layer, block) pairs that this step leaves as they are: no rank has a gradient for them."""
         grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:]
         learned = [torch.stack([grad(part).flatten(1).any(1) for part in kind]).float() for kind in routing.parts(self.model)]
         isolated = self.phase_a.config["cl"]["isolate"]
-        return [plasticity.idle_share(runs.over_ranks(kind, "max")) if isolated else 0.0 for kind in learned]
+        return [1 - runs.over_ranks(kind, "max").mean().item() if isolated else 0.0 for kind in learned]
 
     def trouble(self) -> str | None:
         """What is wrong with the last losses: not finite, or far above their running median (and the first, while it is in memory)."""

@@ -35,10 +35,11 @@ def short(count: float) -> str:
     return f"{count / size:.1f}".removesuffix(".0") + letter
 
 
-def prepare() -> None:
-    """What torch and nanochat read only once: call it before they are imported."""
+def prepare(device_type: str = "") -> None:
+    """What torch and nanochat read only once: call it before nanochat is imported, and CUDA begun."""
+    if device_type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nanochat chooses number format and attention kernel by what it sees, not by what is asked
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names of collectives that upstream uses have younger ones
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # base_train sets it too, but after we imported torch
     compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and shutil.which(name)), None)
     if compiler is None:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"

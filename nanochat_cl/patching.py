@@ -2,11 +2,12 @@
 Put the patches of patches/ onto the nanochat tree, take them off again, show them, and prove what they leave alone.
 
 python -m nanochat_cl.patching list                       # every patch: its target and its purpose
-python -m nanochat_cl.patching verify [--upstream DIR]    # targets, signatures, undo, and dense bit for bit; exit 1 on a failure
+python -m nanochat_cl.patching verify [--upstream DIR]    # targets, signatures, undo, Model-CL, dense bit for bit; exit 1 on a failure
 python -m nanochat_cl.patching diff [--upstream DIR]      # the difference to upstream, one hunk per patch
 """
 import argparse
 import dataclasses
+import functools
 import importlib
 import inspect
 import io
@@ -79,9 +80,12 @@ def apply(wanted: Sequence[Patch] | None = None) -> None:
     for patch in load() if wanted is None else wanted:
         if patch.name not in [on.patch.name for on in _applied]:
             holder, name, original = patch.find()
-            _applied.append(Applied(patch, holder, name, original, patch.wrap(original)))
-            setattr(holder, name, _applied[-1].replacement)
-            _rebind(original, _applied[-1].replacement)
+            replacement = patch.wrap(original)
+            if inspect.isfunction(original):
+                functools.update_wrapper(replacement, original)
+            _applied.append(Applied(patch, holder, name, original, replacement))
+            setattr(holder, name, replacement)
+            _rebind(original, replacement)
 
 
 @contextmanager
@@ -158,8 +162,8 @@ def check(patch: Patch) -> str:
 
 
 def verify() -> bool:
-    """Check the tree in use and print one table; False when anything failed. Eagerly: it needs no compiler."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    """Check the tree in use and print one table; False when anything failed. On a CPU, eagerly: it needs no compiler."""
+    os.environ |= {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     wanted = load()
     results = {f"{patch.name:<14} {patch.target}": check(patch) for patch in wanted}
     if any(result.startswith("MISSING") for result in results.values()):
@@ -173,8 +177,16 @@ def verify() -> bool:
             before = snapshot()  # only now: torch rewraps the step of an optimizer's class when the first one is made
             with applied(wanted):
                 wrong = differing(plain, train_dense(), same_bits)
+                from nanochat_cl import arms
+                from patches import settings
+                with settings.using(arm=arms.cl(64, 2, 0, "cl")):  # the same program makes, trains and decodes a Model-CL
+                    try:
+                        sparse = f"ok, loss {train_dense()['loss 2']:.2f}"
+                    except Exception as e:  # whatever another tree does otherwise
+                        sparse = f"FAILS {' '.join(repr(e).split())[:200]}"
             left = differing(before, snapshot(), lambda a, b: a is b)
         results["no trace after undo"] = f"LEFT {', '.join(left)}" if left else f"ok, {len(before):,} names"
+        results["Model-CL trains and decodes"] = sparse
         results["dense bit for bit"] = f"DIFFERS IN {', '.join(wrong)}" if wrong else f"ok, {len(plain)} values after 3 steps"
     print(f"nanochat tree {upstream.tree()} ({upstream.tree_hash()[:12]})")
     print("\n".join(f"{what:<56} {result}" for what, result in results.items()))

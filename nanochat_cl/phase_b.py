@@ -17,7 +17,7 @@ import torch
 from nanochat import checkpoint_manager
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nanochat_cl import files, machine, metrics, plasticity, routing, runs
+from nanochat_cl import files, growth, machine, metrics, plasticity, routing, runs
 from nanochat_cl.exam import Exam
 from nanochat_cl.learner import Learner, cost
 from nanochat_cl.recipes import multiplier
@@ -106,7 +106,7 @@ class PhaseB:
         digest.update(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes())
         for learner in self.learners:
             if (milestone := self.marks.number(step)) is not None:
-                learner.grow(milestone, batch.inputs)
+                growth.grow(learner.model, learner.recipe.release, learner.recipe.newcomers, milestone, batch.inputs.to(learner.device))
             inputs, targets = (rows[rank::world_size].contiguous() for rows in (batch.inputs, batch.targets))
             learner.step(inputs, targets, self.rows, step, self.steps, self.marks.number(step + 1) is not None)
             if reason := learner.trouble():

@@ -130,11 +130,6 @@ def mark_rows(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
             group["rows"] = 1
 
 
-def idle_share(learned: Tensor) -> float:
-    """Share of the (layer, block) pairs of a mask (L, R) that did not learn."""
-    return 1 - learned.float().mean().item()
-
-
 def entropy(used: Tensor) -> float:
     """Entropy of the use of blocks (L, R) over log R, mean of the layers: 1 when all serve alike, 0 when one of several serves all."""
     share = used.double() / used.double().sum(1, keepdim=True)

@@ -217,7 +217,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    machine.prepare()
+    machine.prepare(args.flags["device_type"])
     pretrain(args)
 
 

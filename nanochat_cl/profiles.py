@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    name: str
-    description: str
     # data
     general: str                    # source of the general corpus, as `nanochat_cl.corpus --source` takes it
     domain: str                     # domain of Phase B, as `nanochat_cl.domain --domain` takes it
@@ -26,9 +24,8 @@ class Profile:
     probe_items: int
 
 
-PROFILES = {p.name: p for p in (
-    Profile(
-        name="cpu", description="the whole experiment at toy size on 2 cores, about 10 minutes",
+PROFILES = {
+    "cpu": Profile(  # the whole experiment at toy size on 2 cores, about 10 minutes
         general="embedded", domain="python", vocab_size=2048,
         # The learning rates are explicit: upstream scales them by sqrt(batch / 524,288), which at 8,192 tokens is 1/8.
         pretrain=("--depth=4", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=512", "--window-pattern=L",
@@ -38,16 +35,14 @@ PROFILES = {p.name: p for p in (
                   "--sample-every=-1", "--save-every=32"),
         schedule="cyclic", visit_tokens=65_536, milestone_tokens=131_072, max_tokens=1_048_576,
         device_batch_size=16, total_batch_size=8_192, eval_docs=4, probe_items=12),
-    Profile(
-        name="gpu1", description="d12 on one A100, H100 or H200",
+    "gpu1": Profile(  # d12 on one A100, H100 or H200
         general="fineweb-edu", domain="medical", vocab_size=32_768,
         pretrain=("--depth=12", "--device-batch-size=32", "--core-metric-every=-1", "--sample-every=-1", "--save-every=500"),
         schedule="cyclic", visit_tokens=5_000_000, milestone_tokens=10_000_000, max_tokens=200_000_000,
         device_batch_size=32, total_batch_size=65_536, eval_docs=64, probe_items=200),
-    Profile(
-        name="h100x8", description="d20 on eight H100",
+    "h100x8": Profile(  # d20 on eight H100
         general="fineweb-edu", domain="medical", vocab_size=32_768,
         pretrain=("--depth=20", "--device-batch-size=16", "--core-metric-every=-1", "--sample-every=-1", "--save-every=500"),
         schedule="cyclic", visit_tokens=20_000_000, milestone_tokens=10_000_000, max_tokens=1_000_000_000,
         device_batch_size=4, total_batch_size=65_536, eval_docs=128, probe_items=400),
-)}
+}

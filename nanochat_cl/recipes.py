@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nanochat_cl import growth
 from nanochat_cl.command import UserError
 
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which nanochat's learning-rate flags hold
@@ -45,9 +46,10 @@ class Recipe:
     newcomers: str = option("random", "how passages come to choose released blocks: random or passages, see nanochat_cl/growth.py")
 
     def __post_init__(self):
-        if self.lr_schedule not in SCHEDULES or self.optimizer not in OPTIMIZERS:
-            raise UserError(f"expected --lr-schedule {', '.join(SCHEDULES)} and --optimizer {', '.join(OPTIMIZERS)}, "
-                            f"got {self.lr_schedule} and {self.optimizer}")
+        for name, known in {"lr_schedule": SCHEDULES, "optimizer": OPTIMIZERS, "newcomers": growth.NEWCOMERS}.items():
+            if (given := getattr(self, name)) not in known:
+                raise UserError(f"--{name.replace('_', '-')} must be {' or '.join(known)}, got {given!r}")
+        growth.released(self.release, held=0, milestone=0)
         if self.optimizer == "reset-lr0" and not self.warmup_steps:
             raise UserError("--optimizer reset-lr0 fills the moments during the warm-up: expected --warmup-steps above 0 (20, say), got 0")
         bounds = dict.fromkeys(("lr_mult", "warmup_steps", "weight_decay", "total_batch_size", "max_seq_len"), math.inf)

@@ -188,15 +188,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def describe(args: argparse.Namespace) -> None:
     """Table on the screen; sizes, overlap and schedule as describe.png beside the domain."""
     from nanochat.common import get_base_dir
-    from nanochat.tokenizer import get_tokenizer
 
-    from nanochat_cl import domain, pretrain
+    from nanochat_cl import domain, pretrain, tokenizer
     profile, base = PROFILES[args.profile], Path(get_base_dir())
-    if not (base / "tokenizer" / "tokenizer.pkl").is_file():
-        raise command.UserError(f"no tokenizer in {base}; train it with: python -m nanochat_cl.tokenizer --profile {args.profile}")
     folder = base / "corpora" / domain.name_of(args.domain or profile.domain)
     seq_len = pretrain.parse(["--profile", args.profile]).flags["max_seq_len"]
-    stream = Stream(folder, get_tokenizer(), args.schedule or profile.schedule, args.seed, profile.total_batch_size // seq_len, seq_len,
+    stream = Stream(folder, tokenizer.load(args.profile)[0], args.schedule or profile.schedule, args.seed, profile.total_batch_size // seq_len, seq_len,
                     profile.visit_tokens, repeat=True)
     found = files.read_json(folder / "corpus.json")["subdomains"]
     rows = {name: {**found[name], "tokens": len(stream._tokens[name])} for name in stream.subdomains}

@@ -6,8 +6,6 @@ Why:      upstream makes a process group on CUDA only: elsewhere its ranks would
 Keeps:    one process, and any number on CUDA; the return value everywhere.
 Verified: tests/test_ranks.py.
 """
-import functools
-
 import torch.distributed as dist
 
 from nanochat_cl import runs
@@ -16,7 +14,6 @@ SIGNATURE = ("device_type",)
 
 
 def wrap(original):
-    @functools.wraps(original)
     def compute_init(*args, **kwargs):
         result = original(*args, **kwargs)
         if result[0] and not dist.is_initialized():  # launched by torchrun

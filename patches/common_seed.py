@@ -6,8 +6,6 @@ Why:      upstream seeds every run with 42, and a comparison needs several seeds
 Keeps:    everything at seed 42; device, process group and return value at any seed.
 Verified: tests/test_patching.py, and `python -m nanochat_cl.patching verify`.
 """
-import functools
-
 import torch
 
 from patches import settings
@@ -16,7 +14,6 @@ SIGNATURE = ("device_type",)
 
 
 def wrap(original):
-    @functools.wraps(original)
     def compute_init(*args, **kwargs):
         result = original(*args, **kwargs)
         if settings.seed != settings.DEFAULT_SEED:

@@ -7,7 +7,6 @@ Keeps:    everything at seed 42; at any seed the set of shards, and the last one
           file names only, so all arms of a seed read the same text in the same order, on any number of ranks.
 Verified: tests/test_patching.py, and `python -m nanochat_cl.patching verify`.
 """
-import functools
 import os
 
 from nanochat_cl.seeds import seed_for
@@ -17,7 +16,6 @@ SIGNATURE = ("data_dir", "warn_on_legacy")
 
 
 def wrap(original):
-    @functools.wraps(original)
     def list_parquet_files(*args, **kwargs):
         paths = original(*args, **kwargs)
         if settings.seed == settings.DEFAULT_SEED:

@@ -6,15 +6,12 @@ Why:      upstream counts the weights of its linears; blocks are none, and most 
 Keeps:    the original's figure where the config has no `cl`.
 Verified: tests/test_accounting.py.
 """
-import functools
-
 from nanochat_cl import accounting
 
 SIGNATURE = ("self",)
 
 
 def wrap(original):
-    @functools.wraps(original)
     def estimate_flops(self):
         return original(self) if getattr(self.config, "cl", None) is None else accounting.flops_per_token(self.config)
     return estimate_flops

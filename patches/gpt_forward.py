@@ -6,8 +6,6 @@ Why:      the blocks of all layers are chosen from token embeddings, before the 
 Keeps:    the call as it is where the config has no `cl`; one graph under torch.compile.
 Verified: tests/test_routing.py, tests/test_model_cl.py.
 """
-import functools
-
 import torch
 
 from nanochat_cl import routing
@@ -16,7 +14,6 @@ SIGNATURE = ("self", "idx", "targets", "kv_cache", "loss_reduction")
 
 
 def wrap(original):
-    @functools.wraps(original)
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
         if getattr(self.config, "cl", None) is None:
             return original(self, idx, targets, kv_cache, loss_reduction)

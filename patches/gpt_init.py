@@ -6,15 +6,12 @@ Why:      parameters that upstream doesn't know would stay uninitialised memory.
 Keeps:    every weight that the dense model of the same size and seed has, block for block; the state of the random generators after it.
 Verified: tests/test_model_cl.py.
 """
-import functools
-
 from nanochat_cl import routing
 
 SIGNATURE = ("self",)
 
 
 def wrap(original):
-    @functools.wraps(original)
     def init_weights(self):
         original(self)
         if getattr(self.config, "cl", None) is not None:

@@ -10,8 +10,6 @@ Keeps:    the original's optimizer where the config has no `cl`; else its groups
           is 2, 2 and 1 times as much.
 Verified: tests/test_isolation.py, tests/test_model_cl.py.
 """
-import functools
-
 from nanochat_cl import routing
 
 SIGNATURE = ("self", "unembedding_lr", "embedding_lr", "matrix_lr", "weight_decay", "scalar_lr")
@@ -20,7 +18,6 @@ ROUTER_LR = 0.1      # times the output head's. At 1 a few blocks run ahead: aft
 
 
 def wrap(original):
-    @functools.wraps(original)
     def setup_optimizer(self, *args, **kwargs):
         optimizer = original(self, *args, **kwargs)
         cl = getattr(self.config, "cl", None)

@@ -6,15 +6,12 @@ Why:      horizon, batch size and weight decay follow from these counts, and the
 Keeps:    the original's figures where the config has no `cl`; else those of the dense model of the same depth, width and vocabulary.
 Verified: tests/test_model_cl.py.
 """
-import functools
-
 from nanochat_cl import accounting
 
 SIGNATURE = ("self",)
 
 
 def wrap(original):
-    @functools.wraps(original)
     def num_scaling_params(self):
         counts = original(self)
         if getattr(self.config, "cl", None) is None:

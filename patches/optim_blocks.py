@@ -12,8 +12,6 @@ Verified: tests/test_isolation.py.
 K matrices of G blocks (b, n). Keys of a group: `isolate` (bool); `decay`, the dense model's learning rate over ours, which decay follows;
 `block_scale` (G floats, optional), factors on the step of each block.
 """
-import functools
-
 import torch
 
 SIGNATURE = ("self", "group", "info", "gather_list", "rank")
@@ -36,7 +34,6 @@ def block_step(kernel, group):
 
 
 def wrap(original):
-    @functools.wraps(original)
     def _compute_muon(self, group, info, gather_list, rank):
         if "isolate" not in group:
             return original(self, group, info, gather_list, rank)

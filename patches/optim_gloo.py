@@ -6,7 +6,6 @@ Why:      upstream waits for the futures of its collectives, and gloo's reduce_s
 Keeps:    everything on one rank and on NCCL; on gloo the same collectives in the same order, as asynchronous as before.
 Verified: tests/test_ranks.py, on a tree whose optimizer waits for futures.
 """
-import functools
 from types import SimpleNamespace
 
 import torch.distributed as dist
@@ -15,7 +14,6 @@ SIGNATURE = ("self",)
 
 
 def wrap(original):
-    @functools.wraps(original)
     def step(self):
         if not dist.is_initialized() or dist.get_backend() != "gloo":
             return original(self)

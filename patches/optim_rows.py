@@ -6,8 +6,6 @@ Why:      stale moments and weight decay go on moving the embeddings of tokens t
 Keeps:    groups without the key `rows` go to the original untouched; the arithmetic of a row that moves is the original kernel's.
 Verified: tests/test_isolation.py.
 """
-import functools
-
 # `rows` of a group: pieces of a row that are left alone each by itself, one for each head whose value embedding it holds; else 1.
 SIGNATURE = ("self", "group", "info", "gather_list", "rank", "world_size")
 
@@ -25,7 +23,6 @@ def row_step(kernel, pieces):
 
 
 def wrap(original):
-    @functools.wraps(original)
     def _compute_adamw(self, group, info, gather_list, rank, world_size):
         if not group.get("rows"):
             return original(self, group, info, gather_list, rank, world_size)

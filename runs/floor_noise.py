@@ -75,7 +75,7 @@ def table(x: np.ndarray, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    machine.prepare()
+    machine.prepare(args.device_type)
     with patching.applied():
         text = table(measure(args), args)
     files.write_text(args.out, text)

@@ -17,3 +17,11 @@ def base(tmp_path_factory):
     import toy_phase_a
     with toy_phase_a.base_directory(tmp_path_factory.mktemp("base")) as place:
         yield place
+
+
+@pytest.fixture(autouse=True)
+def same_gpus():
+    """What a test hides from CUDA (`--device-type cpu`) is there again for the next one."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    yield
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None) if before is None else os.environ.update(CUDA_VISIBLE_DEVICES=before)

@@ -10,7 +10,7 @@ from test_corpus import read, read_all_train, trained_text, use
 from test_corpus import run as make_corpus
 from test_stream import T, Words
 
-from nanochat_cl import corpus, domain, files, stream
+from nanochat_cl import corpus, domain, files, stream, tokenizer
 from nanochat_cl.command import UserError
 from nanochat_cl.holdout import digest, split_of
 from nanochat_cl.sources import Document, checksums
@@ -199,14 +199,11 @@ def test_a_domain_is_named_after_its_folder_or_dataset():
 
 
 def test_describe_prints_a_row_per_subdomain_and_draws(base, tmp_path, site, recipes, capsys, monkeypatch):
-    from nanochat import dataset
-    from nanochat.tokenizer import RustBPETokenizer
     make_corpus("--packages", str(site))
     run("planted", "--packages", str(site))
     with pytest.raises(UserError, match="nanochat_cl.tokenizer"):
         stream.main(["describe", "planted"])
-    texts = (text for batch in dataset.parquets_iter_batched("train") for text in batch)
-    RustBPETokenizer.train_from_iterator(texts, 300).save(str(base / "tokenizer"))
+    tokenizer.train(tokenizer.parse(["--vocab-size", "300"]))
     capsys.readouterr()
     made, drawn = files.read_json(base / "corpora" / "planted" / "corpus.json"), []
     for i, row in enumerate(made["subdomains"].values()):

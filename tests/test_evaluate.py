@@ -80,6 +80,12 @@ def test_the_plan_deals_out_every_sequence_once_the_longest_first(lengths, rows)
     assert [len(batch) for batch in panel.batches[:-1]] == [rows] * (len(panel.batches) - 1) and len(panel.batches[-1]) <= rows
 
 
+def test_no_batch_has_more_tokens_than_memory_is_planned_for_unless_one_sequence_has(monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_TOKENS", 40)
+    panel = evaluate.plan(["s"] * 6, [[BOS] * n for n in (9, 50, 20, 19, 2, 8)], rows=3)
+    assert panel.batches == ((1,), (2, 3), (0, 5, 4))
+
+
 def test_a_model_without_an_opinion_needs_ln_v_nats_per_token():
     model = tiny_gpt(noise=0)
     torch.nn.init.zeros_(model.lm_head.weight)

@@ -104,6 +104,12 @@ def refused(place: Path, said: str) -> None:
     assert not (place.parent.parent / "evolve/bad").exists()
 
 
+def test_float16_is_refused(damaged, monkeypatch):
+    from nanochat import common
+    monkeypatch.setattr(common, "COMPUTE_DTYPE", torch.float16)
+    refused(damaged, "float16.*set NANOCHAT_DTYPE to bfloat16 or float32")
+
+
 def test_a_broken_phase_a_checkpoint_is_refused_by_name(damaged):
     path = damaged / "model_000003.pt"
     path.write_bytes(path.read_bytes()[:-2000])

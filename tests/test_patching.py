@@ -175,7 +175,7 @@ def test_verify_passes_on_our_tree_and_list_and_diff_show_every_patch():
     done = run("verify")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[::2] for line in done.stdout.splitlines()[1:1 + len(patches.ORDER)]] == [[name, "ok"] for name in patches.ORDER]
-    assert all(re.search(rf"{what} +ok, ", done.stdout) for what in ("no trace after undo", "dense bit for bit"))
+    assert all(re.search(rf"{what} +ok, ", done.stdout) for what in ("no trace after undo", "Model-CL trains and decodes", "dense bit for bit"))
 
     assert [line.split()[0] for line in run("list").stdout.splitlines()] == list(patches.ORDER)
 
@@ -204,7 +204,7 @@ def test_verify_passes_on_a_tree_in_another_spelling(other_tree):
     done = run("verify", "--upstream", str(other_tree))
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(other_tree) in done.stdout
-    assert all(re.search(rf"{what} +ok, ", done.stdout) for what in ("no trace after undo", "dense bit for bit"))
+    assert all(re.search(rf"{what} +ok, ", done.stdout) for what in ("no trace after undo", "Model-CL trains and decodes", "dense bit for bit"))
 
 
 def test_verify_names_what_another_tree_lacks_and_exits_1(other_tree, tmp_path):

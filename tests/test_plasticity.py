@@ -210,7 +210,6 @@ def test_a_dense_model_has_no_blocks_to_budget_and_can_have_row_masks():
 
 
 def test_statistics_of_use():
-    assert plasticity.idle_share(torch.tensor([[True, False], [False, False]])) == 0.75
     assert plasticity.entropy(torch.ones(3, 8)) == pytest.approx(1) and plasticity.entropy(torch.eye(8)[:3]) == pytest.approx(0)
     assert plasticity.entropy(torch.tensor([[1.0, 1.0, 0.0, 0.0]])) == pytest.approx(0.5)
     assert plasticity.entropy(torch.tensor([[5.0], [7.0]])) == 1, "one head to choose from is no skew, and no nan in a record"
