@@ -10,10 +10,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from nanochat_cl.seeds import seed_for
-
-T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -27,40 +23,23 @@ class Estimate:
     band_high = property(lambda self: self.mean + self.band)
 
 
-def t_quantile(df: int) -> float:
-    """Student's t, 97.5 %: a table, then the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5)."""
-    g = (1.959964, 2.372271, 2.822499, 2.555850)  # 1.96 and its three correction terms
-    return T975[df - 1] if df <= len(T975) else sum(term / df**k for k, term in enumerate(g))
-
-
 @lru_cache(maxsize=None)
-def max_t(seeds: int, milestones: int, correlation: float = 0.0) -> float:
-    """95 % quantile of max |t| over milestones, each studentised over its own `seeds` values, with equal correlation between milestones."""
-    if milestones == 1:
-        return t_quantile(seeds - 1)
-    rng = np.random.default_rng(seed_for(0, f"max-t/{seeds}/{milestones}"))
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
-    peaks = []
-    for _ in range(30):
-        x = np.sqrt(correlation) * normal(4000, seeds, 1) + np.sqrt(1 - correlation) * normal(4000, seeds, milestones)
-        peaks.append(np.abs(x.mean(1) * np.sqrt(seeds) / x.std(1, ddof=1)).max(1))
-    return float(np.quantile(np.concatenate(peaks), 0.95))
+def t_quantile(df: int, level: float = 0.95) -> float:
+    """What |Student's t| exceeds with probability 1 - level: where t = sqrt(df) tan(u), the density of u is cos(u) ** (df - 1)."""
+    u = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(u) ** (df - 1)
+    mass = np.cumsum(density) - (density + density[0]) / 2  # trapezoids
+    return float(np.sqrt(df) * np.tan(np.interp(level, mass / mass[-1], u)))
 
 
 def over_seeds(x: np.ndarray) -> Estimate:
     """
-    Student's t on paired seed values x (..., S, M), S >= 2; simultaneous over M by max-t. The correlation between milestones is estimated,
-    then shrunk towards independence, the least favourable case (Sidak 1967): few seeds cannot tell a correlation.
+    Student's t on paired seed values x (..., S, M), S >= 2; simultaneous over M by max-t as if milestones were independent, the least
+    favourable case (Sidak 1967): few seeds cannot tell a correlation.
     """
     seeds, milestones = x.shape[-2:]
-    mean, sd = x.mean(-2, keepdims=True), x.std(-2, ddof=1, keepdims=True)
-    z = np.divide(x - mean, sd, out=np.zeros_like(x), where=sd > 0)
-    products = (z.sum(-1) ** 2 - (z**2).sum(-1)).sum(-1)                        # of all pairs of milestones, over seeds
-    correlation = np.clip(products / ((seeds - 1) * max(1, milestones * (milestones - 1))), 0, 1)
-    tenths = (correlation * max(0.0, 1 - 3 / (seeds - 1)) * 10).astype(int)     # rounded down: max_t simulates each value once
-    critical = np.vectorize(lambda tenth: max_t(seeds, milestones, tenth / 10), otypes=[float])(tenths)
-    mean, se = mean[..., 0, :], sd[..., 0, :] / np.sqrt(seeds)
-    return Estimate(mean, t_quantile(seeds - 1) * se, critical[..., None] * se)
+    mean, se = x.mean(-2), x.std(-2, ddof=1) / np.sqrt(seeds)
+    return Estimate(mean, t_quantile(seeds - 1) * se, t_quantile(seeds - 1, 0.95 ** (1 / milestones)) * se)
 
 
 def over_documents(point: np.ndarray, draws: np.ndarray) -> Estimate:

@@ -219,6 +219,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
 
 def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dict:
     """The trunk's last state up to which `run`, at Phase A still, does what the trunk did: then it ends as if it had run from the start."""
+    from nanochat_cl import recall
     from nanochat_cl.phase_b import Milestones
     if not (trunk / "config.json").is_file():
         raise UserError(f"--branch-of names a run, and there is none at {trunk}")
@@ -233,8 +234,7 @@ def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dic
         raise UserError(f"{trunk} holds no state to branch from: its states are at steps {runs.saved_steps(trunk)}, the rates agree up to step "
                         f"{(same + [False]).index(False)}, and the end, step {run.steps}, must be one of its milestones")
     for learner in run.learners:  # the passages asked for depend on the end
-        learner.recall.baseline(learner.model, run.exam.token_bytes)
-        state["arms"][learner.name]["recall"] = learner.recall.state_dict()
+        state["arms"][learner.name]["before"] = recall.nats_and_bytes(learner.model, run.passages, run.exam.token_bytes).tolist()
     names = {learner.name: learner.recipe.name for learner in run.learners}
     state["records"] = [{**r, "run": run.args.name, "recipe": names[r["arm"]]} for r in state["records"]]
     runs.write(files.write_json, run.folder / "samples.json", [t for t in files.read_json(trunk / "samples.json") if t["when"] == "before"])

@@ -16,12 +16,10 @@ from nanochat import checkpoint_manager, common, gpt
 
 from nanochat_cl import accounting, arms, files, isolation, lora, machine, metrics, plasticity, recipes, routing, runs
 from nanochat_cl.command import UserError
-from nanochat_cl.recall import Recall
 
 MEMORY_STEPS = 64       # losses that the running median is taken of
 EXPLOSION_NATS = 3.0    # above what is usual: from the 3 nats of a trained model to those of an untrained one
 EXPLOSION_STEPS = 3     # in a row, since one batch of odd documents is no explosion
-PASSAGES = 4            # of each window of the stream that are asked for again
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,10 @@ def find(arm: str, tag: str, remedy: str) -> PhaseA:
 
 
 class Learner:
-    """Model, optimizer, recall and counters of one arm: `step` changes them, `state_dict` holds all of them."""
+    """Model, optimizer and counters of one arm: `step` changes them, `state_dict` holds all of them."""
 
     COUNTERS = ("losses", "train_s", "update_s", "update_ratio", "eval_s", "flops", "count", "loss_sum", "idle_sum", "covered", "begun_s",
-                "used", "audited")
+                "used", "audited", "before")
 
     def __init__(self, phase_a: PhaseA, recipe: recipes.Recipe, batch_tokens: int, device: torch.device, seed: int, audit: bool = False):
         self.name, self.recipe, self.phase_a, self.device = phase_a.arm, recipe, phase_a, device
@@ -109,7 +107,7 @@ class Learner:
         self.plastic = plasticity.begin(rule if self.sparse else replace(rule, budget=1.0), self.model, self.optimizer)
         routing.freeze(self.model, self.optimizer, rule.routers)
         self.compiled = torch.compile(self.model, dynamic=False)
-        self.recall = Recall(PASSAGES, seed)
+        self.before: list[list[float]] = []  # nats and bytes of every passage that recall will ask for, with the Phase A model
         self.losses: list[float] = []  # of the last steps
         self.train_s = self.update_s = self.eval_s = self.flops = 0.0
         self.update_ratio: dict[str, float] | None = None  # of the last step before a milestone
@@ -206,7 +204,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state is each rank's own, the model rank 0's."""
         model = self.model.state_dict() if runs.ranks()[0] == 0 else {}
-        return {"model": model, "optimizer": self.optimizer.state_dict(), "recall": self.recall.state_dict(),
+        return {"model": model, "optimizer": self.optimizer.state_dict(),
                 "released": self.model.config.cl["released"] if self.sparse else 0, **{key: getattr(self, key) for key in self.COUNTERS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,7 +213,6 @@ class Learner:
             for tensor in self.model.state_dict().values():
                 dist.broadcast(tensor, 0)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.recall.load_state_dict(state["recall"])
         if self.sparse:
             routing.release(self.model, state["released"])
         for key in self.COUNTERS:

@@ -17,13 +17,14 @@ import torch
 from nanochat import checkpoint_manager
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nanochat_cl import files, growth, machine, metrics, plasticity, routing, runs
+from nanochat_cl import files, growth, machine, metrics, plasticity, recall, routing, runs
 from nanochat_cl.exam import Exam
 from nanochat_cl.learner import Learner, cost
 from nanochat_cl.recipes import multiplier
 from nanochat_cl.stream import Stream
 
 RECALL_WINDOWS = 16   # so many windows of the stream at most are asked for again
+PASSAGES = 4          # of each window
 MAX_SHARE = {"cpu": 0.2}  # of the training time, for scores and states at ordinary milestones; on GPUs 0.1
 STALLED_S = 600.0     # that a batch may take to be read
 ENDLESS = 2**40       # steps
@@ -62,7 +63,7 @@ class Milestones:
 
 
 class PhaseB:
-    """What lives during Phase B; `state`, the learners and their recall are what a continued run goes on from."""
+    """What lives during Phase B; `state` and the learners are what a continued run goes on from."""
 
     def __init__(self, args: Namespace, folder: Path, learners: list[Learner], stream: Stream, exam: Exam, steps: int):
         self.args, self.folder, self.learners, self.stream, self.exam, self.steps = args, folder, learners, stream, exam, steps
@@ -76,15 +77,12 @@ class PhaseB:
         self.threads = ThreadPoolExecutor(2)  # one reads, one writes
         self.saving: tuple[Future, int, list[dict]] | None = None  # this rank's part of a state, its step and its records
         # What is asked of the stream later is known beforehand, since a batch is a function of its step.
-        passages = learners[0].recall.sample_per_window
-        windows = [self.marks.at(number) for number in self.marks.windows()]
+        windows, self.passages = [self.marks.at(number) for number in self.marks.windows()], []
         for before, mark in zip([0, *windows], windows):
-            for step in sorted({before + (mark - before) * i // passages for i in range(passages)}):
-                batch = stream.batch(step)
-                for name in set(batch.subdomains) & set(exam.subdomains):
-                    mine = [i for i, other in enumerate(batch.subdomains) if other == name]
-                    for learner in learners:
-                        learner.recall.add(mark * self.batch_tokens, name, torch.cat([batch.inputs[mine], batch.targets[mine, -1:]], dim=1))
+            batches = map(stream.batch, sorted({before + (mark - before) * i // PASSAGES for i in range(PASSAGES)}))
+            rows = ((name, torch.cat([x, y[-1:]])) for b in batches for name, x, y in zip(b.subdomains, b.inputs, b.targets)
+                    if name in exam.subdomains)
+            self.passages += recall.sample(mark * self.batch_tokens, rows, PASSAGES, args.seed)
 
     def routed(self, learner: Learner) -> torch.Tensor:
         """The blocks that an arm chooses for some general text."""
@@ -189,10 +187,10 @@ class PhaseB:
         if not all(math.isfinite(scores[part][split]["bpb"]) for part in ("domain", "general") for split in ("val", "test")):
             self.give_up(learner, "its scores are not finite")
         if step == 0:
-            learner.recall.baseline(learner.model, self.exam.token_bytes)
+            learner.before = recall.nats_and_bytes(learner.model, self.passages, self.exam.token_bytes).tolist()
         begun = next((r for r in self.state["records"] if r["arm"] == learner.name), scores)["domain"]["val"]["subdomains"]
         gained = {name: begun[name]["bpb"] - now["bpb"] for name, now in scores["domain"]["val"]["subdomains"].items()}
-        recalled, blocks = learner.recall.score(learner.model, tokens, gained, self.exam.token_bytes), learner.blocks()
+        recalled, blocks = recall.score(learner.model, self.passages, learner.before, tokens, gained, self.exam.token_bytes), learner.blocks()
         if blocks:
             blocks["agreement"] = plasticity.agreement(self.choices[learner.name], self.routed(learner))
         if full:
