@@ -33,7 +33,8 @@ PARTS = {"gap": "initial gap", "crossing": "crossing", "limit": "beyond the dens
 CROSSING_NEEDS = {"equal trials", "documents", "interior dense optimum"}    # a fair crossing
 LIMIT_NEEDS = {"cool-down", "unique text"}                                  # a dense limit, besides
 REFUSAL_NEEDS = {"exercised isolation", "routed tokens", "same Phase A", "cool-down", "finished runs", "tokens"}    # a fair chance for "yes"
-MOOT = ("plasticity=budget", "plasticity=blocks", "plasticity=routers", "release=", "newcomers=")                      # options that change nothing in a dense arm
+# Options that change nothing in a dense arm:
+MOOT = ("plasticity=budget", "plasticity=blocks", "plasticity=routers", "release=", "newcomers=")
 
 
 def picked(x: np.ndarray, recipe: np.ndarray) -> np.ndarray:

@@ -35,7 +35,8 @@ CAP = {"train": 1.0, "val": 0.2, "test": 0.2}  # shares of the limit: a large pa
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = corpus.parser("domain", "Make the documents of Phase B: $NANOCHAT_BASE_DIR/corpora/<domain>/{train,val,test}.parquet")
     flags.add_argument("--domain", help=f"{', '.join(shipped())}, {OTHERS} (default: the profile's)")
-    flags.add_argument("--order", choices=["seed", "name", "size", "given", "time"], help="of the sub-domains (default: the recipe's, else seed)")
+    flags.add_argument("--order", choices=["seed", "name", "size", "given", "time"],
+                       help="of the sub-domains (default: the recipe's, else seed)")
     flags.add_argument("--subdomain-mb", type=float, help="most text of a sub-domain (default: 8 of them last for Phase B)")
     args = flags.parse_args(argv)
     args.domain = args.domain or PROFILES[args.profile].domain

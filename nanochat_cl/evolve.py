@@ -174,7 +174,8 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     words, text = tokenizer.fingerprint(token_bytes), corpus.fingerprint(made, "general_files")
     asked = {**{key: getattr(args, key) for key in ("profile", "arms", "seed", "repeat", "audit", "confirmatory", "floor_guard")}, **sizes,
              "recipe": vars(recipe), "batch_tokens": batch_tokens, "seq_len": seq_len, "ranks": world_size, "device": device.type,
-             "dtype": str(common.COMPUTE_DTYPE), "fa3": flash_attention.USE_FA3, "tokenizer": words, "domain_text": corpus.fingerprint(made), "general_text": text,
+             "dtype": str(common.COMPUTE_DTYPE), "fa3": flash_attention.USE_FA3, "tokenizer": words,
+             "domain_text": corpus.fingerprint(made), "general_text": text,
              "phase_a": {a.arm: {"checkpoint": a.place.name, "step": a.step, "config": a.config} for a in found}}
     if (folder / "config.json").is_file():
         runs.check_same(folder, files.read_json(folder / "config.json")["asked"], asked, "give its flags, or another --name")

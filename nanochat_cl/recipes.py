@@ -39,8 +39,8 @@ class Recipe:
     replay: float = option(0.0, "share of general text in every batch")
     total_batch_size: int = option(0, "tokens per optimizer step; 0: the profile's")
     max_seq_len: int = option(0, "context in tokens; 0: Phase A's")
-    plasticity: str = option("all", "which weights may learn: all, or joined by +: budget:p, frozen-shared[:factor], one part[:factor], routers:factor, "
-                             "see nanochat_cl/plasticity.py")
+    plasticity: str = option("all", "which weights may learn: all, or joined by +: budget:p, frozen-shared[:factor], one part[:factor], "
+                             "routers:factor, see nanochat_cl/plasticity.py")
     release: str = option("all", "blocks of a reserve that may work in Phase B: all, none, or so many at each milestone, each of which "
                           "compiles the model anew until a quarter of the reserve is out")
     newcomers: str = option("random", "how passages come to choose released blocks: random or passages, see nanochat_cl/growth.py")

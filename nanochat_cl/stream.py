@@ -90,7 +90,8 @@ class Stream:
         self._shuffled = lru_cache(3)(lambda purpose, n: np.random.default_rng(seed_for(seed, purpose)).permutation(n))
         self._order = lru_cache(3)(self._order)  # of the epochs in use, and of the first for seen()
         names, order = sorted(self._tokens), files.read_json(made)["order"] if made.is_file() else "seed"
-        orders = {"name": names, "size": sorted(names, key=lambda name: -len(self._tokens[name])), "given": list(self._tokens), "time": list(self._tokens),
+        orders = {"name": names, "size": sorted(names, key=lambda name: -len(self._tokens[name])),
+                  "given": list(self._tokens), "time": list(self._tokens),
                   "seed": [names[i] for i in self._shuffled("subdomains", len(names))]}
         if order not in orders:
             raise command.UserError(f"the order of sub-domains must be {', '.join(orders)}, got {order!r}")
@@ -193,8 +194,8 @@ def describe(args: argparse.Namespace) -> None:
     profile, base = PROFILES[args.profile], Path(get_base_dir())
     folder = base / "corpora" / domain.name_of(args.domain or profile.domain)
     seq_len = pretrain.parse(["--profile", args.profile]).flags["max_seq_len"]
-    stream = Stream(folder, tokenizer.load(args.profile)[0], args.schedule or profile.schedule, args.seed, profile.total_batch_size // seq_len, seq_len,
-                    profile.visit_tokens, repeat=True)
+    stream = Stream(folder, tokenizer.load(args.profile)[0], args.schedule or profile.schedule, args.seed,
+                    profile.total_batch_size // seq_len, seq_len, profile.visit_tokens, repeat=True)
     found = files.read_json(folder / "corpus.json")["subdomains"]
     rows = {name: {**found[name], "tokens": len(stream._tokens[name])} for name in stream.subdomains}
     print(domain.table(rows))
