@@ -3,8 +3,8 @@ What every arm is asked at every milestone of Phase B: the same held-out documen
 
 Whoever has choice tests puts them into <base>/eval/{floor,facts,questions}/*.jsonl (formats: `read`) before the domain is made: what
 should not be lost, what may be, and questions about the domain; a domain's recipe can name more of the last. Each file is a probe of its
-own, in the record under the folder's name. CORE's tasks join them when nanochat's eval_bundle is in the base directory, and cloze questions from the
-general training text are facts in any case.
+own, in the record under the folder's name. CORE's tasks join them when nanochat's eval_bundle is in the base directory, and cloze
+questions from the general training text are facts in any case.
 
     tier    at milestones               asked
     light   all                         domain and general text, the procedural floor; evolve adds recall and the use of blocks
