@@ -64,6 +64,13 @@ def scores(nats: np.ndarray, size: np.ndarray, owner: np.ndarray, weights: np.nd
     return total
 
 
+def labels(runs: list[tuple[str, str]]) -> list[str]:
+    """Short names for pictures: the arm, and what of its recipe not all runs have."""
+    parts = [recipe.split(",") for _, recipe in runs]
+    own = [",".join(part for part in mine if not all(part in other for other in parts)) for mine in parts]
+    return ["/".join(filter(None, (arm, rest))) for (arm, _), rest in zip(runs, own)]
+
+
 @dataclass(frozen=True)
 class Curves:
     """Records as arrays over runs = [(arm, recipe)] (R), dense ones first, seeds (S) and milestones (M)."""
@@ -72,6 +79,7 @@ class Curves:
     at: dict[tuple, list[dict]]         # (arm, recipe, seed) -> its records by milestone
 
     names = property(lambda self: ["/".join(name) for name in self.runs])
+    labels = cached_property(lambda self: labels(self.runs))                                        # names without what all have in common
     first = property(lambda self: self.at[(*self.runs[0], self.seeds[0])])                          # the records of one run
     tokens = property(lambda self: np.array([r["tokens"] for r in self.first]))                     # (M,)
     val = cached_property(lambda self: self.stack(lambda r: -r["domain"]["val"]["bpb"]))            # scores (R, S, M)

@@ -36,7 +36,7 @@ def lines(ax: Axes, c: Curves, shown: list[int], x: Sequence, y: Sequence) -> No
             k = shown.index(i)
             look = dict(color=(INK, RED)[k], ls=("-", "--")[k], marker="os"[k], lw=1.8, ms=4.5, zorder=3)
         known = np.isfinite(y[i])
-        label = c.names[i] if i in shown or not crowd else f"{len(crowd)} other runs" if i == crowd[0] else None
+        label = c.labels[i] if i in shown or not crowd else f"{len(crowd)} other runs" if i == crowd[0] else None
         ax.plot(np.asarray(x[i])[known], np.asarray(y[i])[known], label=label, **look)
 
 
@@ -51,7 +51,7 @@ def crossover(c: Curves, shown: list[int], v: dict | None, axis: str = "tokens")
     top, *rest = fig.subplots(1 + two, 1, sharex=True, squeeze=False, height_ratios=(3, 2)[:1 + two])[:, 0]
     lines(top, c, shown, x, -c.test.mean(1))
     if v:
-        top.axhline(v["dense_limit"]["bpb"], color=INK, ls=(0, (1, 2)), lw=1.2, label=f"dense limit ({v['dense_limit']['run']})")
+        top.axhline(v["dense_limit"]["bpb"], color=INK, ls=(0, (1, 2)), lw=1.2, label=f"dense limit ({c.labels[c.names.index(v['dense_limit']['run'])]})")
     top.set(ylabel="domain bits per byte, test\n(lower is better)")
     top.legend()
     for low in rest:
@@ -172,7 +172,7 @@ def matrix(c: Curves, shown: list[int]) -> Figure:
         ax.grid(False)
         ax.set_xticks(range(len(names)), [name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}" for name in names],
                       **(dict(rotation=90, fontsize=6) if len(names) > 12 else dict(rotation=45, ha="right", fontsize=8)))
-        ax.set_title(c.names[i])
+        ax.set_title(c.labels[i])
     step = -(-len(c.tokens) // 12)
     axes[0].set_yticks(range(0, len(c.tokens), step), [f"{t / 1e6:.2f}" for t in c.tokens[::step]])
     axes[0].set_ylabel(AXES["tokens"][2])

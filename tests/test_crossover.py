@@ -42,6 +42,12 @@ def test_the_band_is_sidaks_closed_form_and_covers_all_independent_milestones_in
     assert np.mean((np.abs(e.mean) <= e.band).all(-1)) == pytest.approx(0.95, abs=0.015)
 
 
+def test_short_names_leave_out_what_all_runs_have_in_common():
+    runs = [("dense", "lr_schedule=wsd,plasticity=all"), ("dense", "lr_mult=0.3,lr_schedule=wsd,plasticity=all"), ("cl", "lr_schedule=wsd")]
+    assert curves.labels(runs) == ["dense/plasticity=all", "dense/lr_mult=0.3,plasticity=all", "cl"]
+    assert curves.labels([("dense", "default"), ("cl", "default")]) == ["dense", "cl"]
+
+
 def test_bpb_of_the_documents_is_the_bpb_of_the_records():
     rows = synthetic.records()
     c = curves.paired(rows)
