@@ -88,7 +88,7 @@ def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
     over seeds, interpolated between milestones; facts and floor probes between those that asked both. Facts / floor is the selectivity.
     """
     rows, target = [], c.val[shown].mean(1).max(-1).min()
-    for i, name in enumerate(c.names):
+    for i, name in enumerate(c.labels):
         val, each = c.val[i].mean(0), [c.at[(*c.runs[i], s)] for s in c.seeds]
         asked = [m for m, r in enumerate(each[0]) if r.get("facts")]
         at, between = (metrics.reached(x, target) if len(x) else math.nan for x in (val, val[asked]))
@@ -165,8 +165,8 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     mine = [next((config for config in configs if config["run"] == run_of(c, i)), {}) for i in shown]
     differs = differences(*(config.get("arms", {}).get(c.runs[i][0], {}) for config, i in zip(mine, shown))) if v else []
     rest = [[k, json.dumps(x)] for k, x in mine[0].items() if k not in ("arms", "argv")]
-    less = [f"{c.names[shown[-1]]} {figures.MINUS} {c.names[shown[0]]}, end"] * bool(v)
-    less += [f"{c.names[i]}, end {figures.MINUS} start" for i in shown]
+    less = [f"{c.labels[shown[-1]]} {figures.MINUS} {c.labels[shown[0]]}, end"] * bool(v)
+    less += [f"{c.labels[i]}, end {figures.MINUS} start" for i in shown]
     body = [
         *(verdict(v, runs) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
         section("The curves", "<div class=axis>",
@@ -175,14 +175,14 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
         section("Sub-domains", figure(figures.matrix, c, shown)),
         section("Floor, facts and recall", figure(figures.floor, c, shown),
                 table(["bpb of the right answer, centred accuracy", "chance",
-                       *(f"{c.names[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT,
+                       *(f"{c.labels[i]}, {when}" for i in shown for when in ("start", "end"))], probes) if probes else ABSENT,
                 *([table(["floor, paired by item: bpb, accuracy [95 %]", *less], paired),
                    f"<p class=soft>{' '.join(paired_probes.__doc__.split())}</p>"] if (paired := paired_probes(c, shown)) else [])),
         section("Learning against forgetting", figure(figures.recipes, c, shown),
                 table(["bpb lost at equal domain score", "M tokens", "general text", "facts", "floor probes", "facts / floor [95 %]"],
                       at_equal_score(c, shown)), f"<p class=soft>{' '.join(at_equal_score.__doc__.split())}</p>"),
         section("Weights and blocks", figure(figures.blocks, c, shown),
-                table(["|change| / |w|", *(f"{c.names[i]}, {when}" for i in shown for when in ("since Phase A", "in a step"))], moved)
+                table(["|change| / |w|", *(f"{c.labels[i]}, {when}" for i in shown for when in ("since Phase A", "in a step"))], moved)
                 if moved else ""),
         section("Scores and cost", table([f"at the last milestone; score = {figures.MINUS}bpb", *runs], costs)),
         *([section("Threats to validity", table(["check", "state", "found"], [[k, x["state"], x["found"]] for k, x in v["checks"].items()]),

@@ -167,7 +167,7 @@ def test_probes_of_both_arms_and_of_both_ends_are_compared_item_by_item(full):
     rows = [r | {"floor": r["floor"] | {"order": {"items": r["floor"]["order"]["items"][:2]}}} for r in rows]
     found = {name: cells for name, *cells in report.paired_probes(curves.paired(rows), shown)}
     assert found["order"] == ["one item"] * 3 and set(found) == {*synthetic.PROBES} - {"copying"}, "other items are not compared"
-    assert page.count("floor, paired by item") == 1 and f"<th>cl/default {figures.MINUS} dense/default, end" in page
+    assert page.count("floor, paired by item") == 1 and f"<th>cl {figures.MINUS} dense, end" in page
 
 
 def test_recipes_and_controls_share_one_ledger():
