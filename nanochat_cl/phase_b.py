@@ -167,8 +167,9 @@ class PhaseB:
         place, step, (weights, config) = learner.phase_a.place.with_name(self.tag(learner.name)), best["step"], learner.kept()
         meta = {**learner.phase_a.meta, "step": step, "val_bpb": best["general"]["val"]["bpb"], "model_config": config}
         checkpoint_manager.save_checkpoint(str(place), step, weights, None, meta, runs.ranks()[0])
-        for older in {*place.glob("*.*")} - {*place.glob(f"*_{step:06d}.*")} if runs.ranks()[0] == 0 else ():  # no longer the best
-            older.unlink(missing_ok=True)
+        if runs.ranks()[0] == 0:
+            for older in {*place.glob("*.*")} - {*place.glob(f"*_{step:06d}.*")}:  # no longer the best
+                older.unlink(missing_ok=True)
         runs.write(files.write_json, place / "phase_a.json", {**learner.phase_a.result, "phase_b_tokens": best["tokens"]})
 
     def tag(self, arm: str) -> str:
