@@ -22,19 +22,17 @@ from nanochat_cl.command import UserError, run
 from nanochat_cl.curves import Curves, load, lost, paired, scores
 from nanochat_cl.estimates import Estimate, over_documents, over_seeds, resample
 from nanochat_cl.seeds import seed_for
+from nanochat_cl.validity import MAX_EPOCHS, MIN_SEEDS, check, checks, independent, matched
 
 SMALLEST_BPB, FLOOR_BPB = 0.005, 0.002  # smallest effect of interest on the domain; how much more of the floor than dense may be lost
-CONSECUTIVE, MIN_SEEDS = 3, 3           # milestones with the lower band above 0; seeds for a claim
-MAX_EPOCHS = 4.0                        # of unique tokens: nearly free up to here (Muennighoff et al. 2023)
-MIN_IDLE_SHARE, MAX_CONSTANT_SHARE = 0.20, 0.15  # median share of blocks that did not learn; scored tokens under the constant choice
-COOLED = 0.2                            # last / highest learning rate of a run that was cooled down
+CONSECUTIVE = 3                         # milestones with the lower band above 0
 PARTS = {"gap": "initial gap", "crossing": "crossing", "limit": "beyond the dense limit", "floor": "floor kept"}
-# What is missing where one of these checks did not pass:
-CROSSING_NEEDS = {"equal trials", "documents", "interior dense optimum"}    # a fair crossing
-LIMIT_NEEDS = {"cool-down", "unique text"}                                  # a dense limit, besides
-REFUSAL_NEEDS = {"exercised isolation", "routed tokens", "same Phase A", "cool-down", "finished runs", "tokens"}    # a fair chance for "yes"
-# Options that change nothing in a dense arm:
-MOOT = ("plasticity=budget", "plasticity=blocks", "plasticity=routers", "release=", "newcomers=")
+# What is missing where one of these checks (nanochat_cl/validity.py) did not pass:
+CROSSING_NEEDS = {"equal trials", "stopped trials", "controls", "same recipe", "same Phase A", "same setting", "documents",
+                  "interior dense optimum"}                             # a fair crossing
+LIMIT_NEEDS = {"cool-down", "unique text"}                              # a dense limit, besides
+REFUSAL_NEEDS = {"exercised isolation", "routed tokens", "same Phase A", "same setting", "interior optimum of Model-CL", "cool-down",
+                 "finished runs", "tokens"}                             # a fair chance for "yes"
 
 
 def picked(x: np.ndarray, recipe: np.ndarray) -> np.ndarray:
@@ -47,6 +45,11 @@ def slope(x: np.ndarray) -> np.ndarray:
     m = x.shape[-1]
     t = np.arange(m // 2, m) - (m // 2 + m - 1) / 2
     return (x[..., m // 2:] @ t / max(t @ t, 1) * max(m - 1, 1))[..., None]
+
+
+def lost_by(general: np.ndarray) -> np.ndarray:
+    """What scores (..., M) have lost since the first milestone."""
+    return general[..., :1] - general
 
 
 def compare(dense_val, dense_test, dense_general, cl_val, cl_test, cl_general, eligible=True) -> dict[str, np.ndarray]:
@@ -62,11 +65,26 @@ def compare(dense_val, dense_test, dense_general, cl_val, cl_test, cl_general, e
     limit = np.take_along_axis(picked(dense_test, limit_at[..., :1]), limit_at[..., None, 1:], -1)
     cl = picked(cl_test, cl_at)
     ours, theirs = picked(cl_general, cl_at), picked(dense_general, dense_at[..., -1:])
-    lost = lambda general: general[..., :1] - general[..., -1:]
     d = cl - picked(dense_test, dense_at)
-    return dict(d=d, trend=slope(d), beyond=cl[..., -1:] - limit, floor=lost(ours) - lost(theirs),
+    return dict(d=d, trend=slope(d), beyond=cl[..., -1:] - limit, floor=lost_by(ours)[..., -1:] - lost_by(theirs)[..., -1:],
                 start=ours[..., :1] - picked(dense_general, dense_at[..., :1])[..., :1],
                 dense_at=dense_at, limit_at=limit_at, cl_at=cl_at)
+
+
+def bracket(score: np.ndarray, lost: np.ndarray, at: float) -> tuple[int, int] | None:
+    """Of points with `score` and `lost` (P,) the two whose straight line has lost the least at the score `at`; None where none is as good."""
+    i, j = np.nonzero((score[:, None] <= at) & (score > at) & (score - score[:, None] >= SMALLEST_BPB))
+    line = lost[i] + (at - score[i]) / (score[j] - score[i]) * (lost[j] - lost[i])
+    return (i[line.argmin()], j[line.argmin()]) if len(i) else None
+
+
+def beyond_line(domain: np.ndarray, lost: np.ndarray, cl: int, below: tuple[int, int], above: tuple[int, int]) -> np.ndarray:
+    """
+    How much more than at the same domain score on the line between two (run, milestone) the end of run `cl` has lost: scores domain and
+    lost (..., R, M) -> (..., 1).
+    """
+    at, (x0, x1), (y0, y1) = domain[..., cl, -1], *([x[..., i, m] for i, m in (below, above)] for x in (domain, lost))
+    return (lost[..., cl, -1] - y0 - (at - x0) / (x1 - x0) * (y1 - y0))[..., None]
 
 
 def lasting(mean: np.ndarray) -> np.ndarray:
@@ -93,9 +111,11 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     """
     (verdict, parts that hold, what is missing) from the criteria of one run, the number of seeds and the names of checks that did not pass.
     A limit that is none cannot be passed, a dense arm with fewer trials or no best rate cannot be crossed, one not isolated cannot lose, one
-    seed proves nothing.
+    seed proves nothing. Who is ahead needs no better rate.
     """
     state, missing = {name: int(parts[name]) for name in PARTS}, set(failed)
+    if parts["ahead"]:
+        missing.discard("interior optimum of Model-CL")
     sound = not missing and seeds >= MIN_SEEDS
     still_open = {name for name, value in state.items() if value == 0} - ({"crossing"} if parts["ahead"] else set())
     if seeds < MIN_SEEDS or (still_open and not parts["rising"]):
@@ -119,53 +139,6 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     return word, holds, sorted(missing)
 
 
-def checks(c: Curves, dense: list[int], limit: int, limit_m: int, cl: int, gone: list[dict] = ()) -> dict[str, tuple[str, str]]:
-    """
-    Threats to validity: name -> (pass | fail | not tested, what was found); `limit`, at milestone `limit_m`, and `cl` are the chosen runs,
-    `gone` the trials that a guard stopped (`curves.lost`).
-    """
-    def check(passed: bool, text: str, *known: float) -> tuple[str, str]:
-        """`known` are the numbers without which nothing can be said."""
-        return ("pass" if passed else "fail", text) if np.isfinite(known).all() else ("not tested", "not recorded")
-
-    every, ours = [r for rows in c.at.values() for r in rows], [r for s in c.seeds for r in c.at[(*c.runs[cl], s)]]
-    declared = all(r.get("confirmatory") and r.get("profile") != "cpu" for r in every)
-    idle = np.median([r["blocks"]["idle_share"] for r in ours if r.get("blocks")] or [np.nan])
-    shares = [r.get("constant_share", {}) for r in ours]
-    constant = max((share[part] for share in shares for part in ("domain", "general") if part in share), default=np.nan)
-    lr, epoch, budget = c.field("lr_mult").mean(1), c.field("epoch").max(), c.field("phase_a_tokens")[[limit, cl], :, 0]
-    texts = {r.get("phase_a_text") for i in (limit, cl) for s in c.seeds for r in c.at[(*c.runs[i], s)]}
-    peak = lr.max(-1)
-    cooled = lr[limit, limit_m] / peak[limit], lr[cl, -1] / peak[cl]
-
-    def without(name: tuple[str, str], options: tuple[str, ...]) -> tuple[str, ...]:
-        """Arm and recipe of a run but for `options`."""
-        return name[0], *(part for part in name[1].split(",") if part != "default" and not part.startswith(options))
-    stopped = {(trial["arm"], trial["recipe"]): trial["lr_mult"] for trial in gone}
-    rates = {c.runs[i]: float(peak[i]) for i in dense} | stopped
-    tried = sorted({rate for name, rate in rates.items() if without(name, ("lr_mult=",)) == without(c.runs[limit], ("lr_mult=",))})
-    names = {*c.runs, *stopped}
-    trials = len({without(name, MOOT) for name in names if name[0].startswith("dense")})
-    others = sum(not name[0].startswith("dense") for name in names)
-    return {
-        "seeds": check(len(c.seeds) >= MIN_SEEDS, f"{len(c.seeds)} in every run (at least {MIN_SEEDS})"),
-        "confirmatory data": check(declared, f"{'' if declared else 'not '}declared on a domain, split and seeds never used for choosing"),
-        "exercised isolation": check(idle >= MIN_IDLE_SHARE, f"median share of blocks that did not learn {idle:.0%} (at least "
-                                     f"{MIN_IDLE_SHARE:.0%}){': isolation was not exercised' if idle < MIN_IDLE_SHARE else ''}", idle),
-        "routed tokens": check(constant <= MAX_CONSTANT_SHARE, f"{constant:.1%} of scored tokens under the constant choice (at most "
-                               f"{MAX_CONSTANT_SHARE:.0%})", constant),
-        "interior dense optimum": check(tried[0] < peak[limit] < tried[-1], f"best dense run {c.names[limit]}: learning rate "
-                                        f"x{peak[limit]:g} of {', '.join(f'{x:g}' for x in tried)} tried", peak[limit]),
-        "cool-down": check(max(cooled) <= COOLED, f"last / highest learning rate: {c.names[limit]} {cooled[0]:.2f}, {c.names[cl]} "
-                           f"{cooled[1]:.2f} (at most {COOLED:g})", *cooled),
-        "unique text": check(epoch <= MAX_EPOCHS, f"{epoch:.2f} epochs of it (at most {MAX_EPOCHS:g})", epoch),
-        "equal trials": check(others <= trials, f"{trials} dense, {others} other (arms x recipes; no more than dense)"
-                              + f"; of all, {len(stopped)} stopped by a guard" * bool(stopped)),
-        "same Phase A": check((budget[0] == budget[1]).all() and len(texts) == 1, " and ".join(f"{x.mean():,.0f}" for x in budget) + " tokens"
-                              + f" of {len(texts)} different texts" * (len(texts) > 1), *budget.ravel()),
-        "finished runs": check(all(rows[-1].get("final") for rows in c.at.values()), "every run must have reached its last milestone")}
-
-
 def number(e: Estimate, m: int = 0) -> dict[str, float]:
     return dict(estimate=float(e.mean[m]), low=float(e.low[m]), high=float(e.high[m]))
 
@@ -174,17 +147,19 @@ def interval(n: dict) -> str:
     return f"{n['estimate']:+.4f} [{n['low']:+.4f}, {n['high']:+.4f}]".replace("-", "\N{MINUS SIGN}")
 
 
-def estimated_over_documents(c: Curves, x: dict, cl: int, at: np.ndarray, limit: int, limit_m: int) -> dict[str, Estimate]:
-    """What `compare` found, x, with intervals over resampled documents, the same ones for every run and milestone; means over seeds."""
+def estimated_over_documents(c: Curves, x: dict, cl: int, at: np.ndarray, limit: tuple[int, int], line: tuple | None) -> dict[str, Estimate]:
+    """What `assess` found, x, with intervals over resampled documents, the same ones for every run and milestone; means over seeds."""
     rng = np.random.default_rng(seed_for(0, "documents"))
 
     def drawn(part: str) -> np.ndarray:                                             # (B, R, M)
         nats, size, owner = c.panel(part)
         return scores(nats.mean(1), size, owner, resample(owner, rng))
     domain, general = drawn("domain"), drawn("general")
-    lost, d = general[..., :1] - general[..., -1:], domain[:, cl] - domain[:, at, np.arange(len(at))]
-    draws = dict(d=d, beyond=domain[:, cl, -1:] - domain[:, limit, limit_m, None], floor=lost[:, cl] - lost[:, at[-1]],
+    d, lost = domain[:, cl] - domain[:, at, np.arange(len(at))], lost_by(general)
+    draws = dict(d=d, beyond=domain[:, cl, -1:] - domain[:, limit[0], limit[1], None], floor=lost[:, cl, -1:] - lost[:, at[-1], -1:],
                  start=general[:, cl, :1] - general[:, at[0], :1], trend=slope(d))
+    if line:
+        draws["equal"] = beyond_line(domain, lost, cl, *line)
     return {name: over_documents(x[name].mean(0), draws[name]) for name in draws}
 
 
@@ -194,19 +169,25 @@ def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
     dense = [i for i, (name, _) in enumerate(c.runs) if name.startswith("dense")]
     mine = [i for i, (name, _) in enumerate(c.runs) if name == arm]
     if not dense or not mine:
-        raise UserError(f"a comparison needs a dense arm and {arm}, the records hold {', '.join(c.names)}: run evolve with both (or --arm)")
+        stopped = "".join(f"; a guard stopped {t['arm']}/{t['recipe']} seed {t['seed']}" for t in gone)
+        raise UserError(f"a comparison needs a dense arm and {arm}, the records hold {', '.join(c.names)}{stopped}: run evolve with both (or --arm)")
     eligible = c.field("epoch")[dense].max(1) <= MAX_EPOCHS
     x = compare(c.val[dense], c.test[dense], c.general[dense], c.val[mine], c.test[mine], c.general[mine], eligible)
     cl, at = mine[x["cl_at"][0]], np.array(dense)[x["dense_at"]]                    # numbers of runs; at (M,)
-    limit, limit_m = dense[x["limit_at"][0]], int(x["limit_at"][1])
+    limit = dense[x["limit_at"][0]], int(x["limit_at"][1])
+    val, lost, swap = c.val.mean(1), lost_by(c.general_val).mean(1), lambda scores: scores.swapaxes(0, 1)
+    line = bracket(val[dense].ravel(), lost[dense].ravel(), val[cl, -1])
+    if line:
+        line = [(dense[i // len(at)], i % len(at)) for i in line]                   # (run, milestone)
+        x["equal"] = beyond_line(swap(c.test), swap(lost_by(c.general)), cl, *line)
 
-    one, by_documents = len(c.seeds) == 1, estimated_over_documents(c, x, cl, at, limit, limit_m)
+    one, seeds, by_documents = len(c.seeds) == 1, independent(c), estimated_over_documents(c, x, cl, at, limit, line)
     e = by_documents if one else {name: over_seeds(x[name]) for name in by_documents}
-    parts, found = criteria(e["d"], e["beyond"], e["floor"], e["trend"]), checks(c, dense, limit, limit_m, cl, gone)
+    parts, found = criteria(e["d"], e["beyond"], e["floor"], e["trend"]), checks(c, limit, at[-1], cl, gone)
     if parts["ahead"] and not one:
-        end = number(by_documents["d"], -1)
-        found["documents"] = ("pass" if end["low"] > 0 else "fail", f"d at the end over documents: {interval(end)}")
-    word, holds, missing = verdict(parts, len(c.seeds), [k for k, (state, _) in found.items() if state != "pass" and k != "seeds"])
+        end, fewest = number(by_documents["d"], -1), np.unique(c.panel("domain")[2], return_counts=True)[1].min()
+        found["documents"] = check(end["low"] > 0, f"d at the end over documents: {interval(end)}", *[np.nan] * int(fewest < 2))
+    word, holds, missing = verdict(parts, seeds, [k for k, (state, _) in found.items() if state != "pass" and k != "seeds"])
 
     d, stays = e["d"], lasting(e["d"].mean)
     k = int(stays.argmax())                                                        # the first milestone above for good, 0 if there is none
@@ -224,7 +205,9 @@ def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
         crossing_between=c.tokens[around].tolist() if crossed else None, above_from_start=bool(stays[0]),
         censored_after_tokens=None if crossed or stays[0] else int(c.tokens[-1]),
         mean_above_from=int(c.tokens[k]) if stays.any() else None, ahead_at=c.tokens[ahead].tolist(),
-        dense_limit=dict(run=c.names[limit], milestone=limit_m, bpb=float(-c.test[limit, :, limit_m].mean())),
+        dense_limit=dict(run=c.names[limit[0]], milestone=limit[1], bpb=float(-c.test[limit[0], :, limit[1]].mean())),
+        matched=matched(c, at[-1], cl),
+        floor_at_equal_domain=dict(between=[f"{c.names[i]} at milestone {m}" for i, m in line], **number(e["equal"])) if line else None,
         curves=dict(d=d.mean.tolist(), d_low=d.low.tolist(), d_high=d.high.tolist(), band_low=d.band_low.tolist(),
                     band_high=d.band_high.tolist(), cl_bpb=(-c.test[cl].mean(0)).tolist(), dense_run=[c.names[i] for i in at],
                     dense_bpb=(-c.test[at, :, np.arange(len(at))].mean(1)).tolist()),
@@ -242,8 +225,9 @@ def sentence(v: dict) -> str:
             f"{v['arm']} was ahead at {v['ahead_at'][-1] / 1e6:.2f}M of {tokens} and fell behind again: no crossing" if v["ahead_at"] else
             f"no crossing observed within {tokens}")
     text = (f"{v['verdict']}: {what}; at the end d = {interval(v['parts']['crossing'])} bpb, against the dense limit "
-            f"{interval(v['parts']['limit'])} bpb, general loss beyond dense's {interval(v['parts']['floor'])} bpb "
-            f"(95 %, over {v['over']}; d > 0: {v['arm']} is better)")
+            f"{interval(v['parts']['limit'])} bpb, general loss beyond dense's {interval(v['parts']['floor'])} bpb"
+            + (f", at equal domain score {interval(v['floor_at_equal_domain'])} bpb" if v["floor_at_equal_domain"] else "")
+            + f" (95 %, over {v['over']}; d > 0: {v['arm']} is better)")
     text += f"; what holds: {', '.join(v['holds'])}" if v["holds"] else ""
     return text + (f"; still needed: {', '.join(v['missing'])}." if v["missing"] else ".")
 

@@ -17,9 +17,14 @@ from nanochat_cl.command import UserError
 
 
 def lost(run_dirs: list[str | Path]) -> list[dict]:
-    """The trials among several runs that a guard stopped: arm, recipe, lr_mult, seed, step and reason of each. One run is no trial."""
-    found = [path for d in run_dirs if (path := Path(d) / "stopped.json").is_file()]
-    return [files.read_json(path) for path in found] if len(run_dirs) > 1 else []
+    """
+    The trials among several runs that a guard stopped: arm, recipe, lr_mult, seed, step and reason of each, and under "ended" the last
+    domain bpb on val by seed where it did not. One run is no trial.
+    """
+    found = [files.read_json(path) for d in run_dirs if (path := Path(d) / "stopped.json").is_file() and len(run_dirs) > 1]
+    ends = [r for d in run_dirs for r in files.read_jsonl(Path(d) / "records.jsonl") if r.get("final")] if found else []
+    return [{**trial, "ended": {r["seed"]: r["domain"]["val"]["bpb"] for r in ends
+                                if (r["arm"], r["recipe"]) == (trial["arm"], trial["recipe"])}} for trial in found]
 
 
 def load(run_dirs: list[str | Path]) -> list[dict]:
@@ -85,6 +90,7 @@ class Curves:
     val = cached_property(lambda self: self.stack(lambda r: -r["domain"]["val"]["bpb"]))            # scores (R, S, M)
     test = cached_property(lambda self: scores(*self.panel("domain")))
     general = cached_property(lambda self: scores(*self.panel("general")))
+    general_val = cached_property(lambda self: self.stack(lambda r: -r["general"]["val"]["bpb"]))
 
     def stack(self, value: Callable) -> np.ndarray:
         """value(record) of every record -> (R, S, M, ...), nan for None."""

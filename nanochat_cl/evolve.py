@@ -192,7 +192,10 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
                     args.repeat, replay=replays.pop(), max_tokens=steps * batch_tokens)
     exam = Exam(place, vocabulary, token_bytes, seq_len, rows, sizes["eval_docs"], sizes["probe_items"])
     learners = [Learner(a, own[a.arm], batch_tokens, device, args.seed, args.audit) for a in found]
-    run = PhaseB(args, folder, learners, stream, exam, steps)
+    here = machine.describe()
+    setting = {**{key: asked[key] for key in ("device", "dtype", "fa3", "tokenizer", "domain_text", "general_text")},
+               "torch": here["torch"], "commit": here["commit"], "upstream": here["upstream"]["sha256"][:12]}
+    run = PhaseB(args, folder, learners, stream, exam, steps, setting)
     state = runs.load_state(folder, device)
     if state is None and args.branch_of:
         state = branch(run, base / "evolve" / args.branch_of, asked, device)
@@ -200,7 +203,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     if not (folder / "config.json").is_file():
         runs.write(files.write_json, folder / "config.json", {
             "run": args.name, "argv": ["python", "-m", "nanochat_cl.evolve", *args.argv], "profile": args.profile, "asked": asked,
-            "steps": steps, "machine": machine.describe(),
+            "steps": steps, "machine": here,
             "arms": {a.arm: {**a.cost, "cl": a.config.get("cl"), "phase_a": a.result} for a in found}})
     if runs.ranks()[0] == 0:
         (folder / "stopped.json").unlink(missing_ok=True)  # of an earlier try

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from nanochat_cl.crossover import MIN_IDLE_SHARE
 from nanochat_cl.curves import Curves
+from nanochat_cl.validity import MIN_IDLE_SHARE
 
 NAMED = 6  # runs of which each has a name in the legend
 INK, RED, GREY = "#1f2933", "#b3361b", "#7b8794"

@@ -164,8 +164,12 @@ class Learner:
         return metrics.change(then, now), metrics.unmoved(then, now, self.phase_a.config["cl"]["shared"]) if self.sparse else None
 
     def _idle_shares(self) -> list[float]:
-        """For each kind of part, the share of (layer, block) pairs that this step leaves as they are: no rank has a gradient for them."""
-        grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:]
+        """
+        For each kind of part, the share of (layer, block) pairs that this step leaves as they are, for no rank has a gradient for them;
+        of those that may work, which a reserve that is held back may not.
+        """
+        working = lambda part: part.routed - part.held + int(part.released)
+        grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:][:working(part)]
         learned = [torch.stack([grad(part).flatten(1).any(1) for part in kind]).float() for kind in routing.parts(self.model)]
         isolated = self.phase_a.config["cl"]["isolate"]
         return [1 - runs.over_ranks(kind, "max").mean().item() if isolated else 0.0 for kind in learned]

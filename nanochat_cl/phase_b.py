@@ -65,8 +65,9 @@ class Milestones:
 class PhaseB:
     """What lives during Phase B; `state` and the learners are what a continued run goes on from."""
 
-    def __init__(self, args: Namespace, folder: Path, learners: list[Learner], stream: Stream, exam: Exam, steps: int):
+    def __init__(self, args: Namespace, folder: Path, learners: list[Learner], stream: Stream, exam: Exam, steps: int, setting: dict):
         self.args, self.folder, self.learners, self.stream, self.exam, self.steps = args, folder, learners, stream, exam, steps
+        self.setting = setting  # what else must be the same where runs are compared
         self.batch_tokens, self.rows = args.batch_tokens, args.sizes["device_batch_size"]
         self.marks = Milestones(steps, self.batch_tokens, args.sizes["milestone_tokens"])
         self.state: dict[str, Any] = {"step": 0, "stream_hash": hashlib.sha256().hexdigest(), "records": [],
@@ -215,7 +216,7 @@ class PhaseB:
             "subdomain": stream.current(step - 1) if step else None, "seen": stream.seen(step),
             "train_loss": learner.loss_sum / count if count else None, "lr_mult": lr_mult, "stream_hash": self.state["stream_hash"],
             "final": step == self.steps, "confirmatory": self.args.confirmatory, "schedule": self.args.sizes["schedule"],
-            "profile": self.args.profile, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.constant.get(learner.name, {})}
+            "profile": self.args.profile, "setting": self.setting, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.constant.get(learner.name, {})}
 
     def save(self) -> None:
         """Copy the state to main memory; this rank's part is written while training goes on, and counts when `saved` is through."""

@@ -81,6 +81,13 @@ def of_arm(recipe: Recipe, own: Mapping[str, Any]) -> Recipe:
     return replace(recipe, **{**own, "lr_mult": float(f"{recipe.lr_mult * own.get('lr_mult', 1.0):.12g}")})
 
 
+def of_dense(recipe: Recipe) -> Recipe:
+    """The recipe without what is nothing to a dense model: choices of blocks, routers, a reserve; and a cool-down's length without one."""
+    rest = [part for part in recipe.plasticity.split("+") if part.partition(":")[0] not in ("budget", "blocks", "routers")]
+    length = recipe.cooldown_frac if recipe.lr_schedule == "wsd" else Recipe.cooldown_frac
+    return replace(recipe, plasticity="+".join(rest) or "all", cooldown_frac=length, release=Recipe.release, newcomers=Recipe.newcomers)
+
+
 def multiplier(step: int, steps: int, recipe: Recipe) -> float:
     """Factor on `initial_lr` at 0-based `step` of `steps`: a linear warm-up, then the schedule; above 0 but for reset-lr0's warm-up."""
     if step < recipe.warmup_steps:

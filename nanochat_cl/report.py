@@ -84,10 +84,13 @@ def ledger(c: curves.Curves) -> dict[str, dict]:
 
 def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
     """
-    Rows of what each run had lost, in bpb, when its domain score on val first came to the best one that all the compared runs reach: means
-    over seeds, interpolated between milestones; facts and floor probes between those that asked both. Facts / floor is the selectivity.
+    Rows of what each run had lost, in bpb, when its domain score on val first came to the best one that all the compared runs reach, before
+    a cool-down: means over seeds, interpolated between milestones; facts and floor probes between those that asked both. Facts / floor is
+    the selectivity.
     """
-    rows, target = [], c.val[shown].mean(1).max(-1).min()
+    lr = c.field("lr_mult")[shown].mean(1)
+    steady = (lr >= 0.999 * lr.max(-1, keepdims=True)).all(0)                       # (M,); a schedule that never stands still is taken whole
+    rows, target = [], c.val[shown].mean(1)[:, steady if steady.sum() > 2 else ...].max(-1).min()
     for i, name in enumerate(c.labels):
         val, each = c.val[i].mean(0), [c.at[(*c.runs[i], s)] for s in c.seeds]
         asked = [m for m, r in enumerate(each[0]) if r.get("facts")]
@@ -124,12 +127,10 @@ def section(title: str, *parts: str) -> str:
     return f"<h2>{title}</h2>" + ("".join(parts) or ABSENT)
 
 
-def verdict(v: dict, runs: dict[str, dict]) -> list[str]:
+def verdict(v: dict) -> list[str]:
     """The first sections of the page: the verdict with its parts, and the start."""
-    arm, general, curve, ledgers = escape(v["arm"]), v["general_start"], v["curves"], (runs[v["curves"]["dense_run"][-1]], runs[v["cl"]])
+    arm, general, curve, equal = escape(v["arm"]), v["general_start"], v["curves"], v["floor_at_equal_domain"]
     number = lambda n: crossover.interval(n).replace(" ", "\N{NO-BREAK SPACE}")
-    kinds = {"params_total": "total parameters", "phase_a_flops": "FLOPs of Phase A"}  # to 1 %: routers are 0.7 % of a model of width 128
-    same = [kind for key, kind in kinds.items() if all(x[key] for x in ledgers) and abs(ledgers[1][key] / ledgers[0][key] - 1) <= 0.01]
     word, rest = v["sentence"].split(": ", 1)
     reached = ("above from the first milestone on" if v["above_from_start"] else f"not within {v['tokens'][-1]:,} tokens (right-censored)"
                if not v["crossing_between"] else "between {:,} and {:,} tokens".format(*v["crossing_between"]))
@@ -138,14 +139,15 @@ def verdict(v: dict, runs: dict[str, dict]) -> list[str]:
              ["general text", f"{general['dense']:.4f}", f"{general['cl']:.4f}", number(general)]]
     return [
         f"<h1>Does {arm} overtake dense?</h1><p class=soft>{escape(v['cl'])} against {escape(curve['dense_run'][-1])}, matched by "
-        f"{' and '.join(same) or 'neither total parameters nor FLOPs of Phase A'}; "
+        f"{' and '.join(v['matched']) or 'neither total parameters nor FLOPs of Phase A'}; "
         f"{'confirmatory' if v['confirmatory'] else 'exploratory, not confirmatory'}.</p>"
         f"<div class=verdict><b>{word}</b><p>{escape(rest)}</p></div>",
         table(["part of the hypothesis", "state", "bpb [95 %]", "rule"],
               [[p["name"], p["state"], number(p), RULES[k]] for k, p in v["parts"].items()]),
         f"<p>Crossing point T<sub>x</sub>: {reached}. d = score of {arm} minus that of the dense curve, at each milestone the dense recipe "
         f"that is best there on val; score = {figures.MINUS}bits per byte on test. The dense limit is {v['dense_limit']['bpb']:.4f} bpb, "
-        f"by {escape(v['dense_limit']['run'])}. Intervals over {v['over']}. {caveat}</p>",
+        f"by {escape(v['dense_limit']['run'])}. " + (f"At equal domain score, on the straight line between {escape(' and '.join(equal['between']))}, "
+        f"{arm} lost {number(equal)} bpb more of general text. " if equal else "") + f"Intervals over {v['over']}. {caveat}</p>",
         section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
 
 
@@ -168,7 +170,7 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     less = [f"{c.labels[shown[-1]]} {figures.MINUS} {c.labels[shown[0]]}, end"] * bool(v)
     less += [f"{c.labels[i]}, end {figures.MINUS} start" for i in shown]
     body = [
-        *(verdict(v, runs) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
+        *(verdict(v) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
         section("The curves", "<div class=axis>",
                 *(f"<input type=radio name=axis id={k}{' checked' * (k == 'tokens')}> <label for={k}>{k}</label>" for k in figures.AXES),
                 *(figure(figures.crossover, c, shown, v, k, part=k) for k in figures.AXES), "</div>"),

@@ -10,6 +10,7 @@ the guard names, and the others run again without it; any other failure stops th
 and sweep.json, the ledger of trials; then the certificate and the report over all runs, in the folder of the first.
 """
 import argparse
+import itertools
 import math
 import os
 import signal
@@ -109,17 +110,20 @@ def phase_a(args: argparse.Namespace, base: Path) -> list[Job]:
     return jobs
 
 
-def phase_b(args: argparse.Namespace, base: Path, grid: Mapping[str, list[float]]) -> list[Job]:
+def phase_b(args: argparse.Namespace, base: Path, grid: list[float]) -> list[Job]:
     """
-    Phase B at every point of the grid {label: learning rates}. Arms with a replay share of their own need a run of their own, and so do those
-    whose run a guard has stopped because of another arm.
+    Phase B of every recipe and seed at every learning rate of the grid. Arms with a replay share of their own need a run of their own, and so do those
+    whose run a guard has stopped because of another arm. Recipes that are one to an arm, which has its own, are run once.
     """
-    jobs = []
-    for label, seed, lr in ((label, seed, lr) for label, lrs in grid.items() for seed in args.seeds for lr in lrs):
+    jobs, planned = [], set()
+    for label, seed, lr in itertools.product(args.recipes, args.seeds, grid):
         recipe, streams = replace(read(label), lr_mult=lr), {}
         batch = recipe.total_batch_size or args.batch_tokens
         for a in args.arms:
-            streams.setdefault(of_arm(recipe, arms.named(a).recipe).replay, []).append(a)
+            own = of_arm(recipe, arms.named(a).recipe)
+            if (a, own, seed) not in planned:
+                streams.setdefault(own.replay, []).append(a)
+            planned.add((a, own, seed))
         options = [f"--{f.name.replace('_', '-')}={value}" for f in fields(Recipe) if (value := getattr(recipe, f.name)) != f.default]
         for replay, mine in streams.items():
             prefix = "" if replay == recipe.replay else "+".join(mine) + "_"
@@ -220,14 +224,15 @@ def launch(args: argparse.Namespace, logs: Path) -> Callable[[Job, int], subproc
 
 
 def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any] | None = None) -> dict:
-    """Plan, run, extend, choose; the ledger is returned. It forgets no trial: a rate that was tried belongs to the grid of later calls."""
+    """Plan, run, extend, choose; the ledger is returned. It forgets no trial: rates and seeds that were tried belong to later calls as well."""
     folder, earlier = base / "evolve" / args.name, []
     asked = {"profile": args.profile, "arms": args.arms, "recipes": args.recipes, "evolve": args.rest, "nproc": args.nproc}
     if (folder / "sweep.json").is_file():
         before = files.read_json(folder / "sweep.json")
         runs.check_same(folder, before["asked"], asked, "only seeds and rates may change, or --name")
         earlier = [row for row in before["runs"] if row["status"] != "missing"]
-    grid = {label: sorted({*args.lrs, *(row["lr_mult"] for row in earlier if row["label"] == label)}) for label in args.recipes}
+        args.seeds = list(dict.fromkeys([*args.seeds, *(row["seed"] for row in earlier)]))
+    grid = sorted({*args.lrs, *(row["lr_mult"] for row in earlier)})
     plan(args, base, [*phase_a(args, base), *phase_b(args, base, grid)])
     if args.dry_run:
         return {}
@@ -260,13 +265,12 @@ def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any]
         while todo := undone(phase_b(args, base, grid)):  # again for the arms of a run that another arm stopped
             run_jobs(todo, args.jobs, start, ended)
         made = ledger()
-        edge = {} if args.explore else {b["arm"]: (b["recipe"], ahead) for b in made["best"].values()
-                                        if (ahead := beyond(grid[b["recipe"]], b["lr_mult"]))}
+        edge = {} if args.explore else {b["arm"]: ahead for b in made["best"].values() if (ahead := beyond(grid, b["lr_mult"]))}
         if not edge or extension == EXTENSIONS:
             break
-        for label, ahead in sorted(set(edge.values())):
-            machine.say(f"sweep | the best learning rate of {label} is the edge of its grid: x{ahead:g} is added, for all arms")
-            grid[label] = sorted({*grid[label], ahead})
+        for a, ahead in edge.items():
+            machine.say(f"sweep | the best learning rate of {a} is the edge of the grid: x{ahead:g} is added, for all arms and recipes")
+        grid = sorted({*grid, *edge.values()})
     for family, b in made["best"].items():
         machine.say(f"sweep | best {family}: {b['arm']}, {b['recipe']}, learning rate x{b['lr_mult']:g}: {b['val_bpb']:.4f} bpb on val"
                     + f"; NO optimum, still the edge after {EXTENSIONS} extensions of the grid" * (b["arm"] in edge))
@@ -280,8 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     from nanochat.common import get_base_dir
     base = Path(get_base_dir())
     rows = sweep(args, base).get("runs", [])
-    seeds = {*args.seeds}  # those of an earlier, wider call may not have every rate
-    rows = sorted((row for row in rows if row["seed"] in seeds), key=lambda row: row["status"])  # complete ones first: one gets the report
+    rows = sorted(rows, key=lambda row: row["status"])  # complete ones first: one gets the report
     pooled = [str(base / "evolve" / args.name / row["run"]) for row in rows]
     if pooled and not args.explore and (ours := [a for a in args.arms if not a.startswith("dense")]):
         for reader in (crossover, report):

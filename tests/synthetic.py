@@ -3,9 +3,15 @@ import json
 
 import numpy as np
 
+from nanochat_cl import crossover
 from nanochat_cl.seeds import seed_for
 
 SUBDOMAINS = ("numpy", "torch", "pandas", "scipy", "django", "sympy", "flask", "attrs")
+CROSS = {("dense", "lr_mult=0.5"): (0.5, lambda t: -0.01 * t, 0.20), ("dense", "default"): (1.0, lambda t: 0.0, 0.25),
+         ("dense", "lr_mult=2.0"): (2.0, lambda t: -0.03 * t, 0.40), ("dense-rows", "default"): (1.0, lambda t: -0.02 * t, 0.25),
+         ("dense-frozen", "plasticity=frozen-shared"): (1.0, lambda t: -0.2 * t, 0.05), ("cl", "default"): (1.0, lambda t: -0.03 + 0.08 * t, 0.15)}
+RATES = [key for key in CROSS if key[0] == "dense"]
+CLAIM = dict(seeds=(1, 2, 3), confirmatory=True, profile="gpu1", cooled=True)
 PROBES = ("agreement", "order", "negation", "anaphora", "transitivity", "copying", "brackets")
 
 
@@ -57,7 +63,8 @@ def records(arms=None, seeds=(42,), milestones=9, docs=6, sd=0.002, confirmatory
                     unique_tokens=min(tokens, 700_000),
                     epoch=max(1.0, tokens / 700_000) if m else 0.0, flops=tokens * (4.1e6 if cl else 5.4e6),
                     flops_per_token=4.1e6 if cl else 5.4e6,
-                    params_total=1_180_000 + 2000 * cl, params_active=840_000 if cl else 1_180_000, phase_a_tokens=1_048_576,
+                    params_total=1_180_000 + 2000 * cl, params_active=840_000 if cl else 1_180_000, phase_a_tokens=1_048_576, phase_a_text="a text",
+                    setting=dict(dtype="torch.float32", domain_text="a domain"),
                     phase_a_flops=1_048_576 * (4.1e6 if cl else 5.4e6), train_s=9.0 * m * (1.3 if cl else 1),
                     eval_s=2.0 * m, checkpoint_s=0.1 * m, update_s=2.5 * m, data_s=0.2 * m,
                     tier="full" if full else "light", update_ratio={k: 0.01 * v for k, v in group.items()} if m else None,
@@ -74,6 +81,14 @@ def records(arms=None, seeds=(42,), milestones=9, docs=6, sd=0.002, confirmatory
                                 use=(r.dirichlet(np.ones(14) * 2, 4)).tolist()) if cl else None,
                     constant_share=dict(domain=0.04, general=0.06)))
     return rows
+
+
+def claimed(arms=CROSS, harm=lambda r: None, gone=(), **changed):
+    """The certificate of a claim with every condition met but for what `harm` does to each record."""
+    rows = records(arms, **CLAIM | changed)
+    for r in rows:
+        harm(r)
+    return crossover.assess(rows, gone=gone)
 
 
 def write(folder, rows, **extra):

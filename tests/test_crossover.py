@@ -9,10 +9,7 @@ from scipy import stats
 import synthetic
 from nanochat_cl import crossover, curves, estimates, files
 from nanochat_cl.command import UserError
-
-CROSS = {("dense", "lr_mult=0.5"): (0.5, lambda t: -0.01 * t, 0.20), ("dense", "default"): (1.0, lambda t: 0.0, 0.25),
-         ("dense", "lr_mult=2.0"): (2.0, lambda t: -0.03 * t, 0.40), ("cl", "default"): (1.0, lambda t: -0.03 + 0.08 * t, 0.15)}
-CLAIM = dict(seeds=(1, 2, 3), confirmatory=True, profile="gpu1", cooled=True)
+from synthetic import CLAIM, CROSS, RATES
 
 
 def flat(value):
@@ -88,8 +85,9 @@ def test_an_effect_below_the_smallest_of_interest_is_not_beyond_the_limit():
     (1, 1, 1, 1, [], 1, "INCONCLUSIVE"),
     (1, 1, 1, 1, ["confirmatory data"], 3, "PARTLY"),
     (1, 1, 1, 1, ["exercised isolation"], 3, "PARTLY"),
-    (1, 1, 1, 1, ["equal trials"], 3, "INCONCLUSIVE"),
-    (1, 1, 1, 1, ["interior dense optimum"], 3, "INCONCLUSIVE"),
+    *((1, 1, 1, 1, [check], 3, "INCONCLUSIVE") for check in (
+        "equal trials", "stopped trials", "controls", "same recipe", "same Phase A", "same setting", "documents", "interior dense optimum")),
+    (1, 1, 1, 1, ["matched"], 3, "PARTLY"),
     (1, 1, 1, 1, ["cool-down"], 3, "PARTLY"),
     (1, 1, 1, -1, [], 3, "PARTLY"),
     (1, 1, 0, 1, [], 3, "PARTLY"),
@@ -98,7 +96,8 @@ def test_an_effect_below_the_smallest_of_interest_is_not_beyond_the_limit():
     (-1, 0, 1, -1, [], 3, "INCONCLUSIVE"),
     (1, -1, -1, 1, ["cool-down"], 3, "INCONCLUSIVE"),
     (1, -1, -1, 1, ["routed tokens"], 3, "INCONCLUSIVE"),
-    (1, -1, -1, 1, ["same Phase A"], 3, "INCONCLUSIVE"),
+    *((1, -1, -1, 1, [check], 3, "INCONCLUSIVE") for check in ("same Phase A", "same setting", "interior optimum of Model-CL")),
+    (1, -1, -1, 1, ["controls", "same recipe"], 3, "NOT SUPPORTED"),
     (1, -1, -1, 1, [], 3, "NOT SUPPORTED"),
     (1, -1, -1, 1, ["exercised isolation"], 3, "INCONCLUSIVE"),
     (1, -1, -1, 1, ["interior dense optimum", "confirmatory data"], 3, "NOT SUPPORTED"),
@@ -114,6 +113,12 @@ def test_verdict(gap, crossing, limit, floor, failed, seeds, expected):
     assert set(failed) <= set(missing) and ("seeds" in missing or seeds >= 3)
     if {"interior dense optimum", "cool-down"} & {*failed}:
         assert "beyond the dense limit" not in holds
+
+
+def test_who_is_ahead_needs_no_better_rate():
+    for gap, word in ((1, "SUPPORTED"), (-1, "DOMINATES")):
+        parts = dict(gap=gap, crossing=int(gap > 0), limit=1, floor=1, ahead=True, rising=False)
+        assert crossover.verdict(parts, 3, ["interior optimum of Model-CL"])[::2] == (word, [])
 
 
 def test_a_gap_that_still_closes_asks_for_tokens_instead_of_refusing_the_hypothesis():
@@ -162,7 +167,9 @@ def test_one_seed_never_decides_and_says_what_its_interval_covers():
 
 
 def test_three_exploratory_seeds_below_are_not_supported():
-    v = crossover.assess(synthetic.records(gap=lambda t: -0.08, seeds=(1, 2, 3), cooled=True))
+    below = {("dense", recipe): CROSS["dense", recipe] for _, recipe in RATES} | {
+        ("cl", recipe): (CROSS["dense", recipe][0], lambda t, recipe=recipe: -0.08 + CROSS["dense", recipe][1](t), 0.2) for _, recipe in RATES}
+    v = crossover.assess(synthetic.records(below, seeds=(1, 2, 3), cooled=True))
     assert v["verdict"] == "NOT SUPPORTED" and v["parts"]["crossing"]["state"] == "fail" and not v["confirmatory"], v["sentence"]
 
 
@@ -177,9 +184,8 @@ def test_the_initial_gap_needs_only_the_first_milestone():
 
 
 def test_more_trials_for_model_cl_than_for_dense_bar_the_crossing():
-    arms = {k: v for k, v in CROSS.items() if k[1] == "default"} | {("cl", "lr_mult=2.0"): CROSS["cl", "default"]}
-    v = crossover.assess(synthetic.records(arms, **CLAIM))
-    assert v["verdict"] == "INCONCLUSIVE" and "equal trials" in v["missing"]
+    v = crossover.assess(synthetic.records(CROSS | {("cl", f"lr_mult={lr}"): CROSS["cl", "default"] for lr in (0.1, 0.2, 0.5, 2.0, 3.0)}, **CLAIM))
+    assert v["verdict"] == "INCONCLUSIVE" and v["missing"] == ["equal trials"]
 
 
 def test_replay_controls_may_see_other_batches():
@@ -187,113 +193,6 @@ def test_replay_controls_may_see_other_batches():
     for r in rows:
         r["stream_hash"] += "5" * (r["recipe"] == "replay=0.05")
     assert ("dense", "replay=0.05") in curves.paired(rows).runs
-
-
-# --- record sets that look like a crossing and are none
-
-def claimed(arms=CROSS, harm=lambda r: None, **changed):
-    """The certificate of a claim with every condition met but for what `harm` does to each record."""
-    rows = synthetic.records(arms, **CLAIM | changed)
-    for r in rows:
-        harm(r)
-    return crossover.assess(rows)
-
-
-def test_a_dense_limit_before_the_cool_down_is_none():
-    """Dense gets worse at the very end, so that its best milestone lies before the last; by then its rate has not come down."""
-    def late(r):
-        r["lr_mult"] *= 1 if r["milestone"] == 8 else 1 / (1 - r["milestone"] / 8)  # cooled at the last milestone alone
-        if r["arm"] == "dense" and r["milestone"] == 7:
-            r["domain"]["val"]["bpb"] -= 0.3
-    v = claimed(harm=late)
-    assert v["dense_limit"]["milestone"] == 7 and v["checks"]["cool-down"]["state"] == "fail", v["checks"]["cool-down"]
-    assert v["verdict"] == "PARTLY" and "beyond the dense limit" not in v["holds"]
-
-
-@pytest.mark.parametrize("place", ["domain on val", "a domain document", "a general document"])
-def test_a_score_that_is_not_finite_is_refused_and_never_the_best(place):
-    def harm(r):
-        if (r["recipe"], r["seed"], r["milestone"]) == ("lr_mult=2.0", 2, 5):
-            if place == "domain on val":
-                r["domain"]["val"]["bpb"] = float("nan")
-            else:
-                test = r["general"]["test"] if "general" in place else r["domain"]["test"]["subdomains"]["numpy"]
-                test["docs"][0][0] = float("nan")
-    with pytest.raises(UserError, match="not finite from milestone 5 on"):
-        claimed(harm=harm)
-
-
-def test_rates_of_another_recipe_do_not_make_an_optimum_interior():
-    arms = {("dense", "lr_schedule=linear"): (1.0, lambda t: 0.0, 0.25), ("dense", "lr_mult=0.1"): (0.1, lambda t: -0.1 * t, 0.2),
-            ("dense", "lr_mult=10.0"): (10.0, lambda t: -0.1 * t, 0.2), ("cl", "default"): CROSS["cl", "default"]}
-    v = claimed(arms)
-    assert v["dense_limit"]["run"] == "dense/lr_schedule=linear" and v["checks"]["interior dense optimum"]["state"] == "fail"
-    assert v["verdict"] == "INCONCLUSIVE" and v["holds"] == ["initial gap", "floor kept"]
-
-
-def test_options_that_mean_nothing_to_dense_make_no_trials_of_it():
-    options = [*(f"plasticity=budget:0.{i}" for i in range(1, 6)), "plasticity=blocks:0.5", "plasticity=routers:1.0"]
-    arms = CROSS | {("dense", o): CROSS["dense", "default"] for o in options} | {("cl", o): CROSS["cl", "default"] for o in options}
-    v = claimed(arms)
-    assert v["checks"]["equal trials"] == dict(state="fail", found="3 dense, 8 other (arms x recipes; no more than dense)")
-    assert v["verdict"] == "INCONCLUSIVE"
-
-
-def test_phase_a_is_compared_on_every_seed():
-    more = lambda r: r.update(phase_a_tokens=r["phase_a_tokens"] * (10 if (r["arm"], r["seed"]) == ("cl", 3) else 1))
-    v = claimed(harm=more)
-    assert v["checks"]["same Phase A"]["state"] == "fail" and v["verdict"] == "PARTLY"
-
-
-def test_a_single_dense_rate_is_crossed_by_nobody():
-    v = claimed({key: value for key, value in CROSS.items() if key[1] == "default"})
-    assert v["parts"]["crossing"]["state"] == "pass" and v["verdict"] == "INCONCLUSIVE" and v["missing"] == ["interior dense optimum"]
-
-
-def test_a_mean_that_passes_without_its_bands_has_no_crossing_point():
-    """Seeds that differ by more than they gain; and a lead that is lost again."""
-    cl = lambda gain: {**{key: value for key, value in CROSS.items() if key[0] == "dense"}, ("cl", "default"): (1.0, gain, 0.1)}
-    v = claimed(cl(lambda t: -0.08 + 0.09 * t), sd=0.05)
-    assert v["parts"]["crossing"]["state"] == "open" and v["mean_above_from"], v["sentence"]
-    assert "which the bands don't confirm: no crossing" in v["sentence"] and v["crossing_tokens"] is v["crossing_between"] is None
-    assert v["censored_after_tokens"] == 1_048_576
-    v = claimed(cl(lambda t: 0.1 - 0.5 * abs(t - 0.5)))
-    assert "was ahead at 0.66M of 1.05M tokens and fell behind again: no crossing" in v["sentence"] and v["crossing_tokens"] is None, v["sentence"]
-
-
-def test_short_questions_are_not_the_text_that_must_be_routed():
-    assert claimed(harm=lambda r: r["constant_share"].update(facts=1.0))["verdict"] == "SUPPORTED"
-    v = claimed(harm=lambda r: r["constant_share"].update(general=0.2))
-    assert v["checks"]["routed tokens"]["state"] == "fail" and v["verdict"] == "PARTLY"
-
-
-def test_phase_a_has_read_the_same_text():
-    v = claimed(harm=lambda r: r.update(phase_a_text=r["arm"]))
-    assert v["checks"]["same Phase A"] == dict(state="fail", found="1,048,576 and 1,048,576 tokens of 2 different texts")
-
-
-def test_batches_of_another_size_are_other_streams_by_intent():
-    rows = synthetic.records(CROSS | {("dense", "total_batch_size=16384"): (1.0, lambda t: 0.0, 0.1)}, seeds=(1, 2))
-    for r in rows:
-        r["stream_hash"] += "5" * (r["recipe"] == "total_batch_size=16384")
-    assert ("dense", "total_batch_size=16384") in curves.paired(rows).runs
-
-
-def test_another_schedule_is_refused_where_replay_lets_the_streams_differ():
-    arms = {key if key[0] == "dense" else ("cl", "replay=0.05"): value for key, value in CROSS.items()}
-    def harm(r):
-        if r["arm"] == "cl":
-            r["stream_hash"] += "5"
-            r["schedule"] = "iid"
-    with pytest.raises(UserError, match="ran on schedule iid"):
-        claimed(arms, harm)
-
-
-def test_a_model_that_dominates_has_kept_its_floor():
-    above = {key: (lr, (lambda t: 0.08) if key[0] == "cl" else gain, lost) for key, (lr, gain, lost) in CROSS.items()}
-    assert claimed(above)["verdict"] == "DOMINATES" and claimed(above)["missing"] == []
-    above["cl", "default"] = (1.0, lambda t: 0.08, 2.0)
-    assert claimed(above)["verdict"] == "INCONCLUSIVE"
 
 
 # --- bad input

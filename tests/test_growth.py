@@ -1,5 +1,6 @@
 """nanochat_cl.growth: a reserve that Phase A never touches, and a release that changes no function, displaces nobody, and learns."""
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import toy_phase_a
 from killed_runs import comparable
 from nanochat_cl import evolve, files, growth, patching, phase_b, routing, runs
 from nanochat_cl.command import UserError
+from nanochat_cl.learner import Learner
 from tests.tiny_cl import SIZES, build, tokens, train
 
 HELD, OLD, ACTIVE, JOIN = 14, 14, 12, 4  # of cl-flops at width 32: 32 blocks, 4 shared
@@ -142,6 +144,20 @@ def test_newcomers_are_chosen_and_learn_while_the_rest_of_the_reserve_keeps_ever
         assert after[i, "c_proj"][:5].flatten(1).any(1).sum() >= JOIN, "they write to the output now"
         same = (after[i, "router"] == before[i, "router"]).all(1)
         assert same[5:].all() and (same[:5].all() if newcomers == "random" else not same[:5].any())
+
+
+def test_a_reserve_that_is_held_back_is_no_idle_block():
+    """A block counts as idle when it may work and did not learn; by hand from the gradients, before a release and after."""
+    model, optimizer = phase_a()
+    routing.freeze(model, optimizer)
+    learner = SimpleNamespace(model=model, phase_a=SimpleNamespace(config={"cl": model.config.cl}))
+    for released, working in ((0, OLD), (5, OLD + 5)):
+        growth.grow(model, str(released) if released else "none", "random", 0, tokens(4, 64, seed=77))
+        model.zero_grad()
+        model(*2 * [tokens(1, 8)]).backward()
+        learned = [layer.mlp.c_fc.weight.grad[layer.mlp.shared:].flatten(1).any(1) for layer in model.transformer.h]
+        assert all(not grad[working:].any() for grad in learned)
+        assert Learner._idle_shares(learner)[0] == pytest.approx(1 - torch.stack([grad[:working] for grad in learned]).float().mean().item())
 
 
 def test_of_passages_made_newcomers_each_layer_serves_its_own():

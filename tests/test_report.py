@@ -93,7 +93,7 @@ def test_what_was_not_measured_is_said_not_invented(bare):
     assert page.count("Not measured.") == 6     # two axes, probes, blocks, samples, what differs
     v = json.loads((folder / "crossover.json").read_text())
     untested = {k for k, x in v["checks"].items() if x["state"] == "not tested"}
-    assert untested == {"exercised isolation", "routed tokens", "interior dense optimum", "cool-down"}
+    assert untested == {"exercised isolation", "routed tokens", "interior dense optimum", "interior optimum of Model-CL", "cool-down"}
     assert not v["confirmatory"] and json.loads((folder / "result.json").read_text())["ledger"]["cl/default"]["train_s"] is None
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S).replace("nanochat", "")
 

@@ -73,7 +73,7 @@ def test_the_plan_is_every_point_of_the_grid_with_the_commands_a_user_would_type
     first = sweep.phase_a(args, tmp_path)
     assert [(job.arms, job.seed) for job in first] == [(("dense",), 1), (("cl",), 1), (("dense",), 2), (("cl",), 2)], "dense-rows begins from dense"
     assert all(pretrain.parse(list(job.argv[1:])).arm == job.arms[0] and job.folder.name == f"d2_{job.arms[0]}_s{job.seed}" for job in first)
-    second = sweep.phase_b(args, tmp_path, {label: [0.1, 0.3] for label in args.recipes})
+    second = sweep.phase_b(args, tmp_path, [0.1, 0.3])
     asked = [evolve.parse(list(job.argv[1:])) for job in second]
     assert len({job.name for job in second}) == 8
     assert {(a.seed, a.recipe.lr_mult, a.recipe.lr_schedule, a.recipe.plasticity) for a in asked} == {
@@ -86,8 +86,18 @@ def test_the_plan_is_every_point_of_the_grid_with_the_commands_a_user_would_type
 
 def test_arms_with_a_replay_share_of_their_own_get_runs_of_their_own(tmp_path):
     args = sweep.parse([*TOY, "--arms", "dense,dense-replay-5,cl", "--lrs", "0.1,0.3", "--seeds", "1"])
-    jobs = sweep.phase_b(args, tmp_path, {sweep.RECIPE: [0.1]})
+    jobs = sweep.phase_b(args, tmp_path, [0.1])
     assert [job.arms for job in jobs] == [("dense", "cl"), ("dense-replay-5",)] and len({job.folder for job in jobs}) == 2
+
+
+def test_two_recipes_that_are_one_to_an_arm_are_run_once_for_it(tmp_path):
+    """dense-frozen has a plasticity of its own: under two budgets, or with a rate that is added, it is the same run."""
+    args = sweep.parse([*TOY, "--arms", "dense,dense-frozen,cl", "--seeds", "1,2", "--recipes", "plasticity=budget:0.25", "plasticity=budget:0.5"])
+    for grid in ([0.1, 0.3], [0.1, 0.3, 1.0]):
+        jobs = sweep.phase_b(args, tmp_path, grid)
+        assert [job.arms for job in jobs] == 2 * len(grid) * [("dense", "dense-frozen", "cl")] + 2 * len(grid) * [("dense", "cl")]
+    args = sweep.parse([*TOY, "--arms", "dense,dense-replay-5,cl", "--seeds", "1", "--recipes", "default", "replay=0.05", "replay=0.25"])
+    assert [job.arms for job in sweep.phase_b(args, tmp_path, [1.0])] == [("dense", "cl"), ("dense-replay-5",), ("dense", "cl"), ("dense", "cl")]
 
 
 def test_the_next_learning_rate_lies_beyond_the_edge_by_the_same_factor():
@@ -108,7 +118,7 @@ def test_the_best_is_that_of_the_mean_over_seeds_and_a_run_that_did_not_end_neve
 
 def test_the_grid_grows_for_all_arms_until_every_optimum_is_interior(tmp_path, capsys):
     made = run(tmp_path, bowl({"dense": 0.1, "cl": 2.8}), "--lrs", "0.1,0.3,1", "--seeds", "1,2")
-    assert made["grid"] == {sweep.RECIPE: [0.0333, 0.1, 0.3, 1.0, 3.33, 11.1]}
+    assert made["grid"] == [0.0333, 0.1, 0.3, 1.0, 3.33, 11.1]
     assert made["trials"] == {"dense": 12, "cl": 12}, "an extension gives both as many trials"
     assert (made["best"]["dense"]["lr_mult"], made["best"]["cl"]["lr_mult"]) == (0.1, 3.33)
     said = capsys.readouterr().out
@@ -118,7 +128,7 @@ def test_the_grid_grows_for_all_arms_until_every_optimum_is_interior(tmp_path, c
 
 def test_an_optimum_that_stays_at_the_edge_is_not_called_one(tmp_path, capsys):
     made = run(tmp_path, lambda a, job: -job.recipe.lr_mult, "--arms", "dense", "--lrs", "0.5,1", "--seeds", "1")
-    assert made["grid"][sweep.RECIPE] == [0.5, 1.0, 2.0, 4.0, 8.0]
+    assert made["grid"] == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert "NO optimum, still the edge after 3 extensions" in capsys.readouterr().out
 
 
@@ -128,6 +138,8 @@ def test_what_is_complete_is_not_run_again_and_a_larger_sweep_runs_only_what_is_
         seen.clear()
         run(tmp_path, curve, "--lrs", "0.1,0.3,1", "--seeds", seeds, seen=seen)
         assert (sum(job.recipe is not None for job in seen), sum(job.recipe is None for job in seen)) == (runs_, first)
+    made = run(tmp_path, curve, "--lrs", "0.3,1", "--seeds", "2", seen=(again := []))
+    assert not again and {row["seed"] for row in made["runs"]} == {1, 2}, "no seed is dropped for what it showed"
     with pytest.raises(UserError, match=r'max-tokens.*only seeds and rates may change, or --name'):
         run(tmp_path, curve, "--lrs", "0.1,0.3,1", "--seeds", "1", "--max-tokens", "16384")
 
@@ -161,7 +173,7 @@ def test_the_arm_that_a_guard_stopped_has_lost_a_trial_and_the_others_run_again_
     assert (made["best"]["dense"]["lr_mult"], made["best"]["cl"]["lr_mult"]) == (1.0, 0.3)
     made = sweep.sweep(sweep.parse([*TOY, "--arms", "dense,dense-rows,cl", "--lrs", "0.3,1", "--seeds", "1,1"]), tmp_path,
                        lambda job, slot: pytest.fail(f"{job.name} ran again"))
-    assert made["trials"]["dense"] == 8 and made["grid"][sweep.RECIPE] == [0.1, 0.3, 1.0, 3.0] and made["best"]["dense"]["lr_mult"] == 1.0
+    assert made["trials"]["dense"] == 8 and made["grid"] == [0.1, 0.3, 1.0, 3.0] and made["best"]["dense"]["lr_mult"] == 1.0
 
 
 def test_any_other_failure_stops_the_sweep_and_is_no_trial(tmp_path):
@@ -174,7 +186,7 @@ def test_any_other_failure_stops_the_sweep_and_is_no_trial(tmp_path):
         sweep.sweep(sweep.parse([*TOY, "--name", "other", "--seeds", "7,8", "--jobs", "3"]), tmp_path, broken)
     assert [fake.signals for fake in others[1:]] == [[signal.SIGTERM]] * 2
     others, status = [], 1  # a crash, and what torchrun makes of every status; that it had begun changes nothing
-    for job in sweep.phase_b(sweep.parse([*TOY, "--name", "other"]), tmp_path, {sweep.RECIPE: [0.1]}):
+    for job in sweep.phase_b(sweep.parse([*TOY, "--name", "other"]), tmp_path, [0.1]):
         files.write_jsonl(job.folder / "records.jsonl", [{"arm": "dense", "final": False, "tok_per_s": 0.0}])
     with pytest.raises(UserError, match="ended with status 1"):
         sweep.sweep(sweep.parse([*TOY, "--name", "other", "--seeds", "7,8", "--jobs", "3"]), tmp_path, broken)
