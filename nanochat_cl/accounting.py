@@ -13,7 +13,7 @@ from typing import Any
 
 PAD_VOCAB = 64           # as GPT's pad_vocab_size_to
 GATE, SMEAR = 12, 24     # inputs of a value embedding's gate and of the smear gate
-ROUTER_ROWS = 8          # a router has a multiple of this many rows, see blocks.BlockSparseMLP
+ROUTER_ROWS = 8          # a router has a multiple of this many rows, see routing.Routed
 
 
 def boundaries(end: int, chunk: int) -> list[int]:

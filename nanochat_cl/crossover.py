@@ -251,8 +251,8 @@ def parse(argv: list[str] | None = None, module: str = "nanochat_cl.crossover", 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     v = certify(args.run_dirs, args.arm)
-    print("\n".join(f"{part['name']:<24}{part['state']:<12}{interval(part)} bpb" for part in v["parts"].values()))
-    print("\n".join(f"{name:<24}{check['state']:<12}{check['found']}" for name, check in v["checks"].items()))
+    print("\n".join(f"{part['name']:<32}{part['state']:<12}{interval(part)} bpb" for part in v["parts"].values()))
+    print("\n".join(f"{name:<32}{check['state']:<12}{check['found']}" for name, check in v["checks"].items()))
     print(f"{v['sentence']}\nhow often that errs, and finds what is there, with {len(v['seeds'])} seed(s): runs/results/simulations.md\n"
           f"wrote {Path(args.run_dirs[0]) / 'crossover.json'}; next: python -m nanochat_cl.report {' '.join(args.run_dirs)}")
 

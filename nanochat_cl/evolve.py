@@ -163,6 +163,8 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     sizes, recipe, base, seq_len = args.sizes, args.recipe, Path(common.get_base_dir()), found[0].seq_len
     batch_tokens, rows, name = args.batch_tokens, sizes["device_batch_size"], domain.name_of(sizes["domain"])
     runs.check_batch(batch_tokens, rows * seq_len * world_size)
+    if any(a.config.get("cl") for a in found):
+        runs.check_ranks(world_size)
     own = {a: of_arm(recipe, arms.named(a).recipe) for a in args.arms}
     if len(replays := {mine.replay for mine in own.values()}) > 1:
         raise UserError(f"arms of one run read one stream, and {', '.join(f'{a} replays {mine.replay:g}' for a, mine in own.items())}: "

@@ -168,7 +168,7 @@ class Learner:
         For each kind of part, the share of (layer, block) pairs that this step leaves as they are, for no rank has a gradient for them;
         of those that may work, which a reserve that is held back may not.
         """
-        working = lambda part: part.routed - part.held + int(part.released)
+        working = lambda part: part.routed - part.held + min(self.model.config.cl["released"], part.held)
         grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:][:working(part)]
         learned = [torch.stack([grad(part).flatten(1).any(1) for part in kind]).float() for kind in routing.parts(self.model)]
         isolated = self.phase_a.config["cl"]["isolate"]

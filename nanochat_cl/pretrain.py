@@ -86,6 +86,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
                         f"(--num-iterations sets the horizon of both)")
     if wrong := [f"{name} {flags[name]}" for name in SIZES if flags[name] < 1]:
         raise UserError(f"sizes must be positive, got {', '.join(wrong)}")
+    if arms.named(args.arm).cl is not None:
+        runs.check_ranks(world_size)
     micro_tokens = flags["device_batch_size"] * flags["max_seq_len"] * world_size
     runs.check_batch(micro_tokens if flags["total_batch_size"] == -1 else flags["total_batch_size"], micro_tokens)
     if flags["eval_every"] > 0 and flags["eval_tokens"] < micro_tokens:

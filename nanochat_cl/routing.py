@@ -85,8 +85,8 @@ class Nudge(torch.autograd.Function):
         return grad, ctx.saved_tensors[0], None
 
 
-def features(table: Tensor, idx: Tensor) -> Tensor:
-    """Normalised rows `idx` (...) of an embedding table (V, n) on a grid of 1/64: (..., n) float32, without gradient."""
+def features(table: Tensor, idx: Tensor | int) -> Tensor:
+    """Normalised rows `idx` (...), or the one row, of an embedding table (V, n) on a grid of 1/64: (..., n) float32, without gradient."""
     rows = table.detach()[idx].float()
     return torch.round(F.rms_norm(rows, rows.shape[-1:]) * GRID) / GRID
 
@@ -188,7 +188,7 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: 
         total, weight = total + carried * state.total[:, None], weight + carried * state.weight[:, None]
     made: list[tuple[Tensor, Tensor]] = []
     if starts:
-        constant = features(table, torch.tensor(cl["bos"], device=idx.device))
+        constant = features(table, cl["bos"])
         pooled = centred(total[:, :len(starts)], weight[:, :len(starts)], constant, everywhere)
         for kind in kinds:
             choice, gate, used = choose(kind, pooled, lengths)

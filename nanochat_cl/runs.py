@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat_cl import files, machine
+from nanochat_cl import accounting, files, machine
 from nanochat_cl.command import UserError
 
 KEEP = 2  # newest states: one more in case the newest is damaged
@@ -48,6 +48,12 @@ def check_batch(batch_tokens: int, micro_tokens: int) -> None:
     if batch_tokens < 1 or batch_tokens % micro_tokens:
         raise UserError(f"--total-batch-size must be a multiple of rows x context x ranks = {micro_tokens:,} tokens, got {batch_tokens:,}; "
                         f"change it or --device-batch-size")
+
+
+def check_ranks(world_size: int) -> None:
+    """UserError where so many ranks can't share Model-CL's routers."""
+    if accounting.ROUTER_ROWS % world_size:
+        raise UserError(f"the rows of Model-CL's routers are shared by 1, 2, 4 or {accounting.ROUTER_ROWS} ranks, got {world_size}; use as many")
 
 
 def ranks() -> tuple[int, int]:

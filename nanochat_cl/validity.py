@@ -106,6 +106,6 @@ def checks(c: Curves, limit: tuple[int, int], end: int, cl: int, gone: Sequence[
         "matched": check(matched(c, end, cl), f"{c.names[end]} and {c.names[cl]} by {' and '.join(matched(c, end, cl)) or 'nothing'}"),
         "same Phase A": check(len({*budget.ravel()}) == len(texts) == 1, " or ".join(f"{x:,.0f}" for x in sorted({*budget.ravel()})) + " tokens"
                               + f" of {len(texts)} different texts" * (len(texts) > 1), *budget.ravel(), *[np.nan] * (None in texts)),
-        "same setting": check(not differ, f"runs differ in {', '.join(differ)}" if differ else "data, code and numbers of all runs",
+        "same setting": check(not differ, f"runs differ in {', '.join(differ)}" if differ else "data, code and number format of all runs",
                               *[np.nan] * (None in settings)),
         "finished runs": check(all(rows[-1].get("final") for rows in c.at.values()), "every run must have reached its last milestone")}

@@ -4,6 +4,6 @@
 # the flag at the speed that earlier runs here have measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${SEEDS:=42,43,44}" "${LRS:=0.05,0.1,0.2,0.5,1}" "${ARMS:=dense,dense-rows,cl}"
+: "${SEEDS:=42,43,44}" "${LRS:=0.05,0.1,0.2,0.5,1}" "${ARMS:=dense,dense-rows,dense-frozen,cl}"
 PROFILE=gpu1 source runs/prepare.sh
 python -m nanochat_cl.sweep --profile gpu1 --name gpu1 --arms "$ARMS" --lrs "$LRS" --seeds "$SEEDS" "$@"

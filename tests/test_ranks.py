@@ -10,6 +10,7 @@ import torch
 
 from killed_runs import comparable, kill_at, said, start, wait
 from nanochat_cl import phase_b, runs
+from nanochat_cl.command import UserError
 
 RESET = "--optimizer", "reset"  # the toy's Phase A has optimizer state for one rank
 
@@ -26,6 +27,13 @@ def keep_everything(out: Path):
                        out / f"{self.state['step']}_{runs.ranks()[0]}_{runs.ranks()[1]}.pt")
         phase_b.PhaseB.save = saved
     return plant
+
+
+def test_so_many_ranks_as_cannot_share_the_routers_are_refused():
+    assert [runs.check_ranks(ranks) for ranks in (1, 2, 4, 8)] == [None] * 4
+    for ranks in (3, 6, 16):
+        with pytest.raises(UserError, match=f"1, 2, 4 or 8 ranks, got {ranks}; use as many"):
+            runs.check_ranks(ranks)
 
 
 @pytest.fixture(scope="module")
