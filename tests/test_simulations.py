@@ -78,7 +78,7 @@ def test_the_table_says_how_it_was_made():
 def test_the_committed_table_is_of_these_families_and_this_command():
     text = (upstream.REPO / "runs/results/simulations.md").read_text()
     assert "    python runs/simulations.py --sims 2000 > runs/results/simulations.md\n" in text
-    assert all(text.count(f"| {f.name} |") == 4 for f in simulations.FAMILIES)
+    assert all(text.count(f"| {f.name} |") >= 4 for f in simulations.FAMILIES)
 
 
 def test_looks_add_up_where_seeds_are_added_on_request():
