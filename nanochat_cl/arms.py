@@ -38,6 +38,8 @@ ARMS = {arm.name: arm for arm in (
         description="as many FLOPs as dense in Phase A: twice the width, half in reserve"),
     Arm("cl-token", {"chunk": 1, "reach": "token"}, description="cl with a decision for every token"),
     Arm("cl-mlp", {"heads": False}, description="cl with dense attention"),
+    Arm("cl-row", {"reach": "row"}, description="cl routed by all of the row so far, whatever document it is from"),
+    Arm("cl-ema", {"reach": "ema"}, description="cl routed by an exponential mean of the row so far"),
     Arm("cl-noiso", {"isolate": False}, description="cl with the masks off: the same block-wise Muon, idle blocks and rows move"),
     Arm("cl-full", {"active": "all"}, description="cl with every block and head active: what sparsity itself does"),
     # Controls: what else makes a dense model forget less, so that it does not belong to Model-CL alone.

@@ -12,12 +12,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_cl.routing import Decision, Routed
 
 # Tokens: for chunks below, every block is computed. Of dense's time, n 256, T 512, bfloat16 on a CPU: 0.56 against 0.61 with all chosen
 # ones copied; in float32, and at n 768, T 2048, no difference (2026-11-25).
 SHORT = 64
+COPY_AGAIN = {"cuda"}  # devices on which memory is dearer than a second copy: at d20 with 65,536 tokens 1.3 of a layer's 3.9 GB (traced, not run)
 
 
 class Blocks(nn.Module):
@@ -103,22 +105,33 @@ def masked(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
     return hidden.flatten(-2) @ proj.flatten(0, 1)
 
 
-class Gather(torch.autograd.Function):
+class Chosen(torch.autograd.Function):
     """
-    Blocks weight (R, b, n) at choice (M, k) -> (M, k*b, n). The gradient is one small matmul with a one-hot matrix: a sum in a fixed
-    order, exactly 0 where nothing was chosen (indexing's own gradient adds atomically on GPUs and slowly on CPUs).
+    x of M chunks by the blocks of weight (R, b, n) that choice (M, k) names: up, (M, t, n) -> (M, t, k*b), or down. The gradient of the weight is
+    one small matmul with a one-hot matrix: a sum in a fixed order, exactly 0 where nothing was chosen (indexing's own gradient adds
+    atomically on GPUs and slowly on CPUs).
     """
     @staticmethod
-    def forward(ctx, weight: Tensor, choice: Tensor) -> Tensor:
-        ctx.save_for_backward(choice)
-        ctx.shape = weight.shape
-        return weight[choice].flatten(1, 2)
+    def forward(ctx, x: Tensor, weight: Tensor, choice: Tensor, up: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, choice)
+        ctx.up = up
+        own = weight[choice].flatten(1, 2)
+        return x @ (own.mT if up else own)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        choice, = ctx.saved_tensors
-        one_hot = F.one_hot(choice.flatten(), ctx.shape[0]).to(grad.dtype)  # (M*k, R)
-        return (one_hot.mT @ grad.reshape(one_hot.shape[0], -1)).view(ctx.shape), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, choice = ctx.saved_tensors
+        own = weight[choice].flatten(1, 2)
+        change = grad.mT @ x if ctx.up else x.mT @ grad                             # (M, k*b, n)
+        one_hot = (choice.flatten()[:, None] == torch.arange(len(weight), device=grad.device)).to(grad.dtype)   # (M*k, R)
+        return grad @ (own if ctx.up else own.mT), (one_hot.mT @ change.reshape(len(one_hot), -1)).view(weight.shape), None, None
+
+
+def chosen(x: Tensor, weight: Tensor, choice: Tensor, up: bool) -> Tensor:
+    """`Chosen`. A compiled model would keep the copies of the weights for the gradient, unless told to make them again."""
+    if x.device.type in COPY_AGAIN:
+        return checkpoint(Chosen.apply, x, weight, choice, up, use_reentrant=False, preserve_rng_state=False)
+    return Chosen.apply(x, weight, choice, up)
 
 
 def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision, short: int = 0) -> Tensor:
@@ -130,8 +143,8 @@ def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision, short: int = 0)
         choice, gate = decision.choice[:, at], decision.gate[:, at]
         if length:
             choice, gate = choice.flatten(0, 1), gate.flatten(0, 1).to(x.dtype)[:, None, :, None]     # (M, k), (M, 1, k, 1)
-            hidden = relu2(here.reshape(len(choice), length, -1) @ Gather.apply(fc, choice).mT).unflatten(-1, (-1, fc.shape[1])) * gate
-            out.append((hidden.flatten(-2) @ Gather.apply(proj, choice)).view(here.shape))
+            hidden = relu2(chosen(here.reshape(len(choice), length, -1), fc, choice, True)).unflatten(-1, (-1, fc.shape[1])) * gate
+            out.append(chosen(hidden.flatten(-2), proj, choice, False).view(here.shape))
         else:
             out.append(masked(here, fc, proj, Decision(choice, gate, lengths)))
         chunk, position = at.stop, position + sum(lengths)

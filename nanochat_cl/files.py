@@ -4,6 +4,7 @@ Files that are either complete or absent: written under a temporary name, flushe
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,16 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def check_zip(path: str | Path) -> None:
+    """ValueError or OSError where what torch.save wrote is damaged, by its own checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("checksum mismatch")
+    except zipfile.BadZipFile as e:
+        raise ValueError(str(e)) from e
 
 
 def sha256(path: str | Path) -> str:

@@ -86,6 +86,8 @@ class Learner:
         self.model.to_empty(device=device)
         self.model.init_weights()
         try:
+            for name in [f"model_{phase_a.step:06d}", f"optim_{phase_a.step:06d}_rank{rank}"][:1 + load]:
+                files.check_zip(place / f"{name}.pt")
             model_data, optimizer_data, _ = checkpoint_manager.load_checkpoint(str(place), phase_a.step, device, load, rank)
             # Copied, not assigned: so the embeddings take this process's compute dtype, whatever machine the checkpoint comes from.
             self.model.load_state_dict(model_data, strict=True)
@@ -133,11 +135,11 @@ class Learner:
                 loss = self.compiled(x, y) / len(pieces)
                 loss.backward()
                 total += loss.detach()
-        if self.sparse:
+        if self.sparse:  # this rank's own first, while the device still computes
+            here = torch.stack([mask.float().mean() for mask in routing.coverage(inputs, self.model.config.cl)])
             used = [runs.over_ranks(kind, "sum") for kind in routing.usage(self.model)]
             self.plastic(used)
             self.used, self.idle_sum = ([a + b for a, b in zip(*pair)] for pair in ((self.used, used), (self.idle_sum, self._idle_shares())))
-            here = torch.stack([mask.float().mean() for mask in routing.coverage(inputs, self.model.config.cl)])
             self.covered = self.covered + runs.over_ranks(here, "sum").to(self.covered) / runs.ranks()[1]
         loss = runs.over_ranks(total, "sum").item() / runs.ranks()[1]  # waits for the device, so the times are true
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()} if measured else {}

@@ -124,7 +124,8 @@ def plasticity(model: torch.nn.Module, x: torch.Tensor) -> dict[str, float]:
     its block were on. Leaves the eval mode on.
     """
     layers, inputs, last = list(model.transformer.h), [], []
-    hooks = [layer.mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0].flatten(0, 1).float())) for layer in layers]
+    take = lambda mlp, args, named: inputs.append([*args, *named.values()][0].flatten(0, 1).float())
+    hooks = [layer.mlp.register_forward_pre_hook(take, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(lambda layer, args, output: last.append(output.flatten(0, 1).double().cpu())))
     model.eval()
     model(x)

@@ -169,7 +169,7 @@ class PhaseB:
         meta = {**learner.phase_a.meta, "step": step, "val_bpb": best["general"]["val"]["bpb"], "model_config": config}
         checkpoint_manager.save_checkpoint(str(place), step, weights, None, meta, runs.ranks()[0])
         if runs.ranks()[0] == 0:
-            for older in {*place.glob("*.*")} - {*place.glob(f"*_{step:06d}.*")}:  # no longer the best
+            for older in {*place.glob("model_*"), *place.glob("meta_*")} - {*place.glob(f"*_{step:06d}.*")}:  # model and meta that are no longer the best
                 older.unlink(missing_ok=True)
         runs.write(files.write_json, place / "phase_a.json", {**learner.phase_a.result, "phase_b_tokens": best["tokens"]})
 

@@ -13,7 +13,6 @@ import os
 import runpy
 import sys
 import traceback
-import zipfile
 from pathlib import Path
 
 from nanochat_cl import accounting, arms, command, files, machine, upstream
@@ -86,6 +85,9 @@ def check(args: argparse.Namespace, world_size: int) -> None:
                         f"(--num-iterations sets the horizon of both)")
     if wrong := [f"{name} {flags[name]}" for name in SIZES if flags[name] < 1]:
         raise UserError(f"sizes must be positive, got {', '.join(wrong)}")
+    if flags["head_dim"] % 2 or (width := model_config(flags, 0)["n_embd"]) < 24:
+        raise UserError(f"expected an even --head-dim and a width of 24 at least, got {flags['head_dim']}"
+                        + ("" if flags["head_dim"] % 2 else f" and {width}; raise --depth, --aspect-ratio or --head-dim"))
     if arms.named(args.arm).cl is not None:
         runs.check_ranks(world_size)
     micro_tokens = flags["device_batch_size"] * flags["max_seq_len"] * world_size
@@ -110,11 +112,9 @@ def last_whole_step(folder: Path, world_size: int) -> int:
         try:
             files.read_json(path := folder / f"meta_{step:06d}.json")
             for name in (f"model_{step:06d}", *(f"optim_{step:06d}_rank{rank}" for rank in range(world_size))):
-                with zipfile.ZipFile(path := folder / f"{name}.pt") as archive:
-                    if archive.testzip():
-                        raise ValueError("checksum mismatch")
+                files.check_zip(path := folder / f"{name}.pt")
             return step
-        except (OSError, ValueError, zipfile.BadZipFile) as e:
+        except (OSError, ValueError) as e:
             machine.say(f"pretrain | step {step} is passed over: {path} is missing or damaged ({e})")
     return -1
 

@@ -45,8 +45,8 @@ def load(profile: str) -> tuple:
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
     try:
         return get_tokenizer(), get_token_bytes()
-    except (OSError, AssertionError) as e:
-        raise command.UserError(f"no usable tokenizer ({e}); train one with: python -m nanochat_cl.tokenizer --profile {profile}") from e
+    except Exception as e:  # a damaged pickle raises what it likes
+        raise command.UserError(f"no usable tokenizer ({' '.join(str(e).split()) or type(e).__name__}); train one with: python -m nanochat_cl.tokenizer --profile {profile}") from e
 
 
 def fingerprint(token_bytes) -> str:

@@ -1,25 +1,18 @@
 """
 The routing state in the KV cache.
 
-Target:   nanochat.engine:KVCache
-Why:      cached decoding has to choose the blocks that training would: the cache carries what the decision needs.
-Keeps:    everything of the original class; for a dense model the new attribute stays None.
+Target:   nanochat.engine:KVCache.prefill
+Why:      cached decoding has to choose the blocks that training would: the cache carries what the decision needs, from cache to cache, too.
+Keeps:    the original; for a dense model nothing is added. What a reset cache still carries is not looked at: it holds no token.
 Verified: tests/test_routing.py.
 """
 
-SIGNATURE = ("self", "batch_size", "num_heads", "seq_len", "head_dim", "num_layers", "device", "dtype")
+SIGNATURE = ("self", "other")
 
 
 def wrap(original):
-    class KVCache(original):
-        routing = None  # routing.State, written by routing.decide
-
-        def reset(self):
-            super().reset()
-            self.routing = None
-
-        def prefill(self, other):
-            super().prefill(other)
-            state = getattr(other, "routing", None)
-            self.routing = None if state is None else state.expand(self.batch_size)
-    return KVCache
+    def prefill(self, other):
+        original(self, other)
+        if state := getattr(other, "routing", None):  # routing.State, written by routing.decide
+            self.routing = state.expand(self.batch_size)
+    return prefill

@@ -6,6 +6,8 @@ Why:      stale moments and weight decay go on moving the embeddings of tokens t
 Keeps:    groups without the key `rows` go to the original untouched; the arithmetic of a row that moves is the original kernel's.
 Verified: tests/test_isolation.py.
 """
+import torch
+
 # `rows` of a group: pieces of a row that are left alone each by itself, one for each head whose value embedding it holds; else 1.
 SIGNATURE = ("self", "group", "info", "gather_list", "rank", "world_size")
 
@@ -13,12 +15,12 @@ SIGNATURE = ("self", "group", "info", "gather_list", "rank", "world_size")
 def row_step(kernel, pieces):
     """`kernel` (nanochat's adamw_step_fused), undone where a whole row, or one of its `pieces`, of the gradient (N, n) is zero."""
     def step(p, grad, exp_avg, exp_avg_sq, *scalars):
-        still = (~grad.unflatten(-1, (pieces, -1)).any(-1)).nonzero(as_tuple=True)              # (row, piece) of each
+        moves = grad.unflatten(-1, (pieces, -1)).any(-1, keepdim=True)                          # (N, pieces, 1)
         tensors = [t.unflatten(-1, (pieces, -1)) for t in (p, exp_avg, exp_avg_sq)]
-        kept = [t[still] for t in tensors]
+        kept = [t.clone() for t in tensors]  # whole: to pick out the rows would wait for the GPU, and most tokens are absent
         kernel(p, grad, exp_avg, exp_avg_sq, *scalars)
         for now, old in zip(tensors, kept):
-            now[still] = old
+            torch.where(moves, now, old, out=now)
     return step
 
 

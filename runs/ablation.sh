@@ -10,4 +10,5 @@ study() { python -m nanochat_cl.sweep --profile cpu --explore --lrs 1 --seeds "$
 study --name ablation/all --arms dense,dense-frozen,cl,cl-noiso,cl-flops --recipes lr_schedule=wsd "$@"
 study --name ablation/rules --arms cl,cl-noiso,cl-flops --recipes lr_schedule=wsd,plasticity={frozen-shared,budget:0.25} "$@"
 study --name ablation/more --arms cl-mlp,cl-full,cl-token --recipes lr_schedule=wsd "$@"
+study --name ablation/reach --arms cl-row,cl-ema --recipes lr_schedule=wsd,plasticity=budget:0.25 "$@"
 [[ " $* " == *" --dry-run "* ]] || python runs/map.py "$NANOCHAT_BASE_DIR"/evolve/ablation --out "$OUT"

@@ -128,10 +128,32 @@ def test_all_chunks_on_the_same_block_and_one_that_nobody_chose():
     compared(mlp, torch.randn(3, 93, 32, generator=torch.Generator().manual_seed(1)), made, ("slice", "bmm", "auto"))
 
 
-def test_the_gradient_of_the_gather_is_the_numerical_one():
-    weight = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("again", [set(), {"cpu"}])
+@pytest.mark.parametrize("up", [True, False])
+def test_the_gradients_of_chosen_blocks_are_the_numerical_ones(up, again, monkeypatch):
+    monkeypatch.setattr(blocks, "COPY_AGAIN", again)
+    weight, x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
     choice = torch.tensor([[0, 2], [2, 0], [2, 2]])
-    assert torch.autograd.gradcheck(lambda w: blocks.Gather.apply(w, choice).sin(), weight)
+    assert torch.autograd.gradcheck(lambda x, w: blocks.chosen(x, w, choice, up).sin(), (x, weight))
+
+
+def test_where_memory_is_dear_a_compiled_layer_does_not_keep_the_copies_and_computes_the_same_bits(monkeypatch):
+    mlp, x, kept, found = layer(n=64), torch.randn(2, 256, 64, generator=torch.Generator().manual_seed(2)), {}, {}
+    made = decision(2, [64, 64, 128], mlp.routed, 4)
+    for again in ((), ("cpu",)):
+        monkeypatch.setattr(blocks, "COPY_AGAIN", again)
+        torch._dynamo.reset()
+        mlp.backend, mlp.decision = "bmm", Decision(made.choice, made.gate.detach().clone().requires_grad_(), made.lengths)
+        saved, inputs = {}, x.clone().requires_grad_()
+        count = lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            out = torch.compile(lambda x: mlp(x), backend="aot_eager_decomp_partition", fullgraph=True)(inputs)
+        mlp.zero_grad()
+        out.sin().sum().backward()
+        kept[again], found[again] = sum(saved.values()), (out, inputs.grad, mlp.c_fc.weight.grad.clone(), mlp.decision.gate.grad)
+    copies = 2 * 2 * 3 * 4 * mlp.c_fc.weight[0].nbytes  # of both matrices, 2 rows, 3 chunks, 4 blocks each
+    assert kept[()] - kept["cpu",] > 0.9 * copies, (kept, copies)
+    assert all(torch.equal(a, b) for a, b in zip(found[()], found["cpu",]))
 
 
 def test_no_module_is_a_linear_that_a_conversion_could_replace():

@@ -185,7 +185,7 @@ def test_a_grown_model_decodes_as_it_computes():
     idx = tokens(2, 50, bos_every=21)
     kv_cache = engine.KVCache(batch_size=2, num_heads=4, seq_len=60, head_dim=8, num_layers=2, device=torch.device("cpu"), dtype=torch.float32)
     with torch.inference_mode():
-        pieces = [model(part, kv_cache=kv_cache) for part in idx.split([19, 1, 13, *[1] * 17], dim=1)]
+        pieces = [model(part, kv_cache=kv_cache) for part in idx.split([33, *[1] * 17], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx), atol=1e-4, rtol=0)
 
 
