@@ -111,9 +111,13 @@ def test_float16_is_refused(damaged, monkeypatch):
 
 
 def test_a_broken_phase_a_checkpoint_is_refused_by_name(damaged):
-    path = damaged / "model_000003.pt"
-    path.write_bytes(path.read_bytes()[:-2000])
-    refused(damaged, f"{damaged}.*can't be read")
+    for path in (damaged / "model_000003.pt", damaged / "optim_000003_rank0.pt"):
+        whole = path.read_bytes()
+        flipped = whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:]  # nanochat's own loader may take it
+        for content in (whole[:-2000], b"", b"text", flipped):
+            path.write_bytes(content)
+            refused(damaged, f"{damaged}.*can't be read")
+        path.write_bytes(whole)
 
 
 def test_an_unfinished_phase_a_is_refused(damaged):

@@ -95,6 +95,7 @@ def refused(argv: list[str]) -> str:
     (["--total-batch-size=0"], "multiple of rows x context x ranks = 256 tokens"),
     (["--device-batch-size=0"], "positive"),
     (["--resume-from-step=30"], "no step 30 in "),
+    (["--head-dim=31"], "an even --head-dim and a width of 24 at least, got 31"), (["--aspect-ratio=1", "--head-dim=8"], "at least, got 8 and 8; raise"),
     (["--eval-tokens=100"], "--eval-tokens must be at least .* = 256"),
 ])
 def test_a_wrong_flag_or_arm_is_one_line_and_nothing_is_written(here, argv, message, monkeypatch):
@@ -136,6 +137,10 @@ def test_missing_or_broken_text_and_tokenizer_are_named(here, base):
     shutil.copytree(base / data.name, data)
     (data / "corpus.json").write_text('{"files": {"shard_00000.parquet": "0", "shard_00001.parquet": "0"}}')
     assert "disagree about shard_00002.parquet, shard_00003.parquet" in refused([]), "a shard that nothing compared with what is held out"
+    for name in ("token_bytes.pt", "tokenizer.pkl"):
+        for content in (b"", (here / "tokenizer" / name).read_bytes()[:-7], b"no pickle"):
+            (here / "tokenizer" / name).write_bytes(content)
+            assert "no usable tokenizer" in refused([])
     shutil.rmtree(here / "tokenizer")
     assert "no usable tokenizer" in refused([]) and "nanochat_cl.tokenizer" in refused([])
     assert not (here / "base_checkpoints").exists()

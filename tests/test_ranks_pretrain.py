@@ -4,13 +4,17 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from killed_runs import said, start, wait
+from nanochat import optim
 from nanochat_cl import pretrain, upstream
+from patches import optim_gloo
 from tests import toy_pretraining as toy
 
 # Step by step the validation bpb of all ranks is the loss to compare: what base_train prints is one micro-batch's on rank 0.
@@ -74,3 +78,22 @@ def test_torchrun_pretrains_dense_as_one_rank_does_also_on_a_tree_whose_optimize
     out = process.communicate()[0]
     assert process.returncode == 0, out
     check(forked(base, shards, "dense", 1), curve(out))
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_futures_of_gloo_in_any_spelling(imported, monkeypatch):
+    """A tree that imported the collective by name, and waits for many futures at once."""
+    work = SimpleNamespace(waited=0)
+    work.wait = lambda: setattr(work, "waited", work.waited + 1)
+    collective = lambda *args, **kwargs: work
+    monkeypatch.setattr(optim_gloo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(optim_gloo.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(optim_gloo.dist, "reduce_scatter_tensor", collective)
+    if imported:
+        monkeypatch.setattr(optim, "by_name", collective, raising=False)
+
+    def step(self):
+        start = optim.by_name if imported else optim_gloo.dist.reduce_scatter_tensor
+        torch.futures.collect_all([start("x", async_op=True).get_future() for _ in range(2)]).wait()
+    optim_gloo.wrap(step)(None)
+    assert work.waited == 2 and optim_gloo.dist.reduce_scatter_tensor is collective and (not imported or optim.by_name is collective)
