@@ -33,7 +33,7 @@ def test_every_script_plans_what_it_says(script, tmp_path, capsys):
     for argv in plans:
         assert sweep.sweep(sweep.parse(argv), tmp_path) == {} and not list(tmp_path.iterdir())
     said = capsys.readouterr().out
-    assert len(plans) == 1 + 2 * ("ablation" in script) == len(re.findall(r"\d+ runs, \d+ to do, .*about [\d.]+ h and evaluation", said)), said
+    assert len(plans) == 1 + 3 * ("ablation" in script) == len(re.findall(r"\d+ runs, \d+ to do, .*about [\d.]+ h and evaluation", said)), said
 
 
 @pytest.mark.parametrize("name, module, argv", ALL, ids=lambda value: value if isinstance(value, str) else " ".join(value) or "-")
