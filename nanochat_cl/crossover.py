@@ -19,7 +19,7 @@ import numpy as np
 
 from nanochat_cl import files
 from nanochat_cl.command import UserError, run
-from nanochat_cl.curves import Curves, load, lost, paired, scores
+from nanochat_cl.curves import Curves, documents, load, lost, paired, scores
 from nanochat_cl.estimates import Estimate, over_documents, over_seeds, resample
 from nanochat_cl.seeds import seed_for
 from nanochat_cl.validity import MAX_EPOCHS, MIN_SEEDS, check, checks, independent, matched
@@ -72,19 +72,16 @@ def compare(dense_val, dense_test, dense_general, cl_val, cl_test, cl_general, e
 
 
 def bracket(score: np.ndarray, lost: np.ndarray, at: float) -> tuple[int, int] | None:
-    """Of points with `score` and `lost` (P,) the two whose straight line has lost the least at the score `at`; None where none is as good."""
+    """Of runs that ended with `score` and `lost` (R,) the two whose straight line has lost the least at the score `at`; None outside of them."""
     i, j = np.nonzero((score[:, None] <= at) & (score > at) & (score - score[:, None] >= SMALLEST_BPB))
     line = lost[i] + (at - score[i]) / (score[j] - score[i]) * (lost[j] - lost[i])
     return (i[line.argmin()], j[line.argmin()]) if len(i) else None
 
 
-def beyond_line(domain: np.ndarray, lost: np.ndarray, cl: int, below: tuple[int, int], above: tuple[int, int]) -> np.ndarray:
-    """
-    How much more than at the same domain score on the line between two (run, milestone) the end of run `cl` has lost: scores domain and
-    lost (..., R, M) -> (..., 1).
-    """
-    at, (x0, x1), (y0, y1) = domain[..., cl, -1], *([x[..., i, m] for i, m in (below, above)] for x in (domain, lost))
-    return (lost[..., cl, -1] - y0 - (at - x0) / (x1 - x0) * (y1 - y0))[..., None]
+def beyond_line(domain: np.ndarray, lost: np.ndarray, cl: int, line: tuple[int, int]) -> np.ndarray:
+    """How much more run `cl` has lost than a straight line between two others has at its domain score; ends (..., R) -> (..., 1)."""
+    (x0, x1), (y0, y1) = ([x[..., i] for i in line] for x in (domain, lost))
+    return (lost[..., cl] - y0 - (domain[..., cl] - x0) / (x1 - x0) * (y1 - y0))[..., None]
 
 
 def lasting(mean: np.ndarray) -> np.ndarray:
@@ -159,7 +156,7 @@ def estimated_over_documents(c: Curves, x: dict, cl: int, at: np.ndarray, limit:
     draws = dict(d=d, beyond=domain[:, cl, -1:] - domain[:, limit[0], limit[1], None], floor=lost[:, cl, -1:] - lost[:, at[-1], -1:],
                  start=general[:, cl, :1] - general[:, at[0], :1], trend=slope(d))
     if line:
-        draws["equal"] = beyond_line(domain, lost, cl, *line)
+        draws["equal"] = beyond_line(domain[..., -1], lost[..., -1], cl, line)
     return {name: over_documents(x[name].mean(0), draws[name]) for name in draws}
 
 
@@ -175,17 +172,16 @@ def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
     x = compare(c.val[dense], c.test[dense], c.general[dense], c.val[mine], c.test[mine], c.general[mine], eligible)
     cl, at = mine[x["cl_at"][0]], np.array(dense)[x["dense_at"]]                    # numbers of runs; at (M,)
     limit = dense[x["limit_at"][0]], int(x["limit_at"][1])
-    val, lost, swap = c.val.mean(1), lost_by(c.general_val).mean(1), lambda scores: scores.swapaxes(0, 1)
-    line = bracket(val[dense].ravel(), lost[dense].ravel(), val[cl, -1])
+    line = bracket(c.val[dense, :, -1].mean(1), lost_by(c.general_val)[dense, :, -1].mean(1), c.val[cl, :, -1].mean())
     if line:
-        line = [(dense[i // len(at)], i % len(at)) for i in line]                   # (run, milestone)
-        x["equal"] = beyond_line(swap(c.test), swap(lost_by(c.general)), cl, *line)
+        line = dense[line[0]], dense[line[1]]
+        x["equal"] = beyond_line(c.test[..., -1].T, lost_by(c.general)[..., -1].T, cl, line)
 
     one, seeds, by_documents = len(c.seeds) == 1, independent(c), estimated_over_documents(c, x, cl, at, limit, line)
     e = by_documents if one else {name: over_seeds(x[name]) for name in by_documents}
     parts, found = criteria(e["d"], e["beyond"], e["floor"], e["trend"]), checks(c, limit, at[-1], cl, gone)
     if parts["ahead"] and not one:
-        end, fewest = number(by_documents["d"], -1), np.unique(c.panel("domain")[2], return_counts=True)[1].min()
+        end, fewest = number(by_documents["d"], -1), np.unique(documents(c.first[0], "domain")[:, 2], return_counts=True)[1].min()
         found["documents"] = check(end["low"] > 0, f"d at the end over documents: {interval(end)}", *[np.nan] * int(fewest < 2))
     word, holds, missing = verdict(parts, seeds, [k for k, (state, _) in found.items() if state != "pass" and k != "seeds"])
 
@@ -207,7 +203,7 @@ def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
         mean_above_from=int(c.tokens[k]) if stays.any() else None, ahead_at=c.tokens[ahead].tolist(),
         dense_limit=dict(run=c.names[limit[0]], milestone=limit[1], bpb=float(-c.test[limit[0], :, limit[1]].mean())),
         matched=matched(c, at[-1], cl),
-        floor_at_equal_domain=dict(between=[f"{c.names[i]} at milestone {m}" for i, m in line], **number(e["equal"])) if line else None,
+        floor_at_equal_domain=dict(between=[c.names[i] for i in line], **number(e["equal"])) if line else None,
         curves=dict(d=d.mean.tolist(), d_low=d.low.tolist(), d_high=d.high.tolist(), band_low=d.band_low.tolist(),
                     band_high=d.band_high.tolist(), cl_bpb=(-c.test[cl].mean(0)).tolist(), dense_run=[c.names[i] for i in at],
                     dense_bpb=(-c.test[at, :, np.arange(len(at))].mean(1)).tolist()),

@@ -146,7 +146,7 @@ def verdict(v: dict) -> list[str]:
               [[p["name"], p["state"], number(p), RULES[k]] for k, p in v["parts"].items()]),
         f"<p>Crossing point T<sub>x</sub>: {reached}. d = score of {arm} minus that of the dense curve, at each milestone the dense recipe "
         f"that is best there on val; score = {figures.MINUS}bits per byte on test. The dense limit is {v['dense_limit']['bpb']:.4f} bpb, "
-        f"by {escape(v['dense_limit']['run'])}. " + (f"At equal domain score, on the straight line between {escape(' and '.join(equal['between']))}, "
+        f"by {escape(v['dense_limit']['run'])}. " + (f"At equal domain score, on the straight line between the ends of {escape(' and '.join(equal['between']))}, "
         f"{arm} lost {number(equal)} bpb more of general text. " if equal else "") + f"Intervals over {v['over']}. {caveat}</p>",
         section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
 

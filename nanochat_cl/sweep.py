@@ -112,8 +112,8 @@ def phase_a(args: argparse.Namespace, base: Path) -> list[Job]:
 
 def phase_b(args: argparse.Namespace, base: Path, grid: list[float]) -> list[Job]:
     """
-    Phase B of every recipe and seed at every learning rate of the grid. Arms with a replay share of their own need a run of their own, and so do those
-    whose run a guard has stopped because of another arm. Recipes that are one to an arm, which has its own, are run once.
+    Phase B of every recipe and seed at every learning rate of the grid. Arms with a replay share of their own need a run of their own, and
+    so do those whose run a guard has stopped because of another arm. Recipes that are one to an arm, which has its own, are run once.
     """
     jobs, planned = [], set()
     for label, seed, lr in itertools.product(args.recipes, args.seeds, grid):

@@ -46,7 +46,8 @@ def load(profile: str) -> tuple:
     try:
         return get_tokenizer(), get_token_bytes()
     except Exception as e:  # a damaged pickle raises what it likes
-        raise command.UserError(f"no usable tokenizer ({' '.join(str(e).split()) or type(e).__name__}); train one with: python -m nanochat_cl.tokenizer --profile {profile}") from e
+        raise command.UserError(f"no usable tokenizer ({' '.join(str(e).split()) or type(e).__name__}); train one with: "
+                                f"python -m nanochat_cl.tokenizer --profile {profile}") from e
 
 
 def fingerprint(token_bytes) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_cl.arms import ARMS
-from nanochat_cl.curves import Curves
+from nanochat_cl.curves import Curves, documents
 from nanochat_cl.recipes import Recipe, of_dense, read
 
 MIN_SEEDS = 3
@@ -42,7 +42,7 @@ def family(run: tuple[str, str]) -> tuple[Any, Recipe]:
 
 def independent(c: Curves) -> int:
     """Seeds with a Phase A of their own: their scores before Phase B differ from those of every other seed, in all arms."""
-    starts = c.panel("domain")[0][:, :, 0]                                          # (R, S, documents)
+    starts = ([documents(c.at[(*run, s)][0], "domain")[:, 0] for s in c.seeds] for run in c.runs)   # nats of each document
     return min(sum(not any(np.allclose(x, y, rtol=1e-3) for y in each[:s]) for s, x in enumerate(each)) for each in starts)
 
 
@@ -76,7 +76,7 @@ def checks(c: Curves, limit: tuple[int, int], end: int, cl: int, gone: Sequence[
     tried = lambda i: sorted({x for run, x in rates.items() if family(run) == family(c.runs[i])})
     inside = lambda i: tried(i)[0] * APART <= peak[i] <= tried(i)[-1] / APART
     shown = lambda i: f"{c.names[i]}: learning rate x{peak[i]:g} of {', '.join(f'{x:g}' for x in tried(i))} tried"
-    optima = list(dict.fromkeys((limit[0], end)))
+    equal, optima = matched(c, end, cl), list(dict.fromkeys((limit[0], end)))
     missing = CONTROLS - {name for name, _ in dense}
     known = of_dense(replace(read(c.runs[cl][1]), lr_mult=1.0)) in {family(run)[1] for run in dense}
 
@@ -103,7 +103,7 @@ def checks(c: Curves, limit: tuple[int, int], end: int, cl: int, gone: Sequence[
         "stopped trials": check(not unfair, f"{', '.join(unfair) or 'none'} stopped on one seed and ahead of the dense limit on others"),
         "controls": check(not missing, f"without {', '.join(sorted(missing))}" if missing else ", ".join(sorted(CONTROLS))),
         "same recipe": check(known, f"{c.names[cl]}: {'' if known else 'not '}tried with dense, but for its rate and what routing alone knows"),
-        "matched": check(matched(c, end, cl), f"{c.names[end]} and {c.names[cl]} by {' and '.join(matched(c, end, cl)) or 'nothing'}"),
+        "matched": check(equal, f"{c.names[end]} and {c.names[cl]} by {' and '.join(equal) or 'nothing'}"),
         "same Phase A": check(len({*budget.ravel()}) == len(texts) == 1, " or ".join(f"{x:,.0f}" for x in sorted({*budget.ravel()})) + " tokens"
                               + f" of {len(texts)} different texts" * (len(texts) > 1), *budget.ravel(), *[np.nan] * (None in texts)),
         "same setting": check(not differ, f"runs differ in {', '.join(differ)}" if differ else "data, code and number format of all runs",

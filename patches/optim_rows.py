@@ -17,7 +17,7 @@ def row_step(kernel, pieces):
     def step(p, grad, exp_avg, exp_avg_sq, *scalars):
         moves = grad.unflatten(-1, (pieces, -1)).any(-1, keepdim=True)                          # (N, pieces, 1)
         tensors = [t.unflatten(-1, (pieces, -1)) for t in (p, exp_avg, exp_avg_sq)]
-        kept = [t.clone() for t in tensors]  # whole: to pick out the rows would wait for the GPU, and most tokens are absent
+        kept = [t.clone() for t in tensors]  # whole: to pick out the rows would wait for the GPU
         kernel(p, grad, exp_avg, exp_avg_sq, *scalars)
         for now, old in zip(tensors, kept):
             torch.where(moves, now, old, out=now)
