@@ -104,6 +104,11 @@ def criteria(d: Estimate, beyond: Estimate, floor: Estimate, trend: Estimate) ->
         rising=(trend.low[..., 0] > 0) & (last <= SMALLEST_BPB) & (trend.mean[..., 0] + last > 0))     # above after as much again
 
 
+def barred(missing: set[str]) -> set[str]:
+    """The parts that can't hold while these checks have not passed."""
+    return {"crossing", "limit"} if missing & CROSSING_NEEDS else {"limit"} if missing & LIMIT_NEEDS else set()
+
+
 def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, list[str], list[str]]:
     """
     (verdict, parts that hold, what is missing) from the criteria of one run, the number of seeds and the names of checks that did not pass.
@@ -117,16 +122,13 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     still_open = {name for name, value in state.items() if value == 0} - ({"crossing"} if parts["ahead"] else set())
     if seeds < MIN_SEEDS or (still_open and not parts["rising"]):
         missing.add("seeds")
-    if missing & (LIMIT_NEEDS | CROSSING_NEEDS):
-        state["limit"] = min(state["limit"], 0)
-    if missing & CROSSING_NEEDS:
-        state["crossing"] = min(state["crossing"], 0)
+    state |= {name: min(state[name], 0) for name in barred(missing)}
     if parts["rising"] and state["crossing"] < 1:
         missing.add("tokens")
     holds = [PARTS[name] for name in PARTS if state[name] > 0 and seeds > 1]
 
     word = "INCONCLUSIVE"
-    if state["crossing"] < 0 or (state["crossing"] == 0 and state["limit"] < 0):
+    if parts["crossing"] < 0 or (parts["crossing"] == 0 and state["limit"] < 0):   # not where a crossing is there, but barred
         if seeds >= MIN_SEEDS and not missing & REFUSAL_NEEDS:
             word = "NOT SUPPORTED"
     elif parts["ahead"] and state["gap"] < 0 and state["limit"] > 0 and state["floor"] > 0 and sound:
@@ -183,7 +185,9 @@ def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
     if parts["ahead"] and not one:
         end, fewest = number(by_documents["d"], -1), np.unique(documents(c.first[0], "domain")[:, 2], return_counts=True)[1].min()
         found["documents"] = check(end["low"] > 0, f"d at the end over documents: {interval(end)}", *[np.nan] * int(fewest < 2))
-    word, holds, missing = verdict(parts, seeds, [k for k, (state, _) in found.items() if state != "pass" and k != "seeds"])
+    failed = {k for k, (state, _) in found.items() if state != "pass" and k != "seeds"}
+    word, holds, missing = verdict(parts, seeds, failed)
+    state = {p: "barred" if parts[p] > 0 and p in barred(failed) else ("open", "pass", "fail")[int(parts[p])] for p in PARTS}
 
     d, stays = e["d"], lasting(e["d"].mean)
     k = int(stays.argmax())                                                        # the first milestone above for good, 0 if there is none
@@ -195,7 +199,7 @@ def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
         verdict=word, holds=holds, missing=missing, arm=arm, cl=c.names[cl], seeds=c.seeds, tokens=c.tokens.tolist(),
         confirmatory=found["confirmatory data"][0] == found["exercised isolation"][0] == "pass",
         over="documents of one seed" if one else f"{len(c.seeds)} seeds",
-        parts={p: dict(name=PARTS[p], state=("open", "pass", "fail")[int(parts[p])], **numbers[p]) for p in PARTS},
+        parts={p: dict(name=PARTS[p], state=state[p], **numbers[p]) for p in PARTS},
         general_start=dict(dense=-c.general[at[0], :, 0].mean(), cl=-c.general[cl, :, 0].mean(), **number(e["start"])),
         crossing_tokens=float(np.interp(0, d.mean[around], c.tokens[around])) if crossed else None,
         crossing_between=c.tokens[around].tolist() if crossed else None, above_from_start=bool(stays[0]),

@@ -22,7 +22,8 @@ def lost(run_dirs: list[str | Path]) -> list[dict]:
     domain bpb on val by seed where it did not. One run is no trial.
     """
     found = [files.read_json(path) for d in run_dirs if (path := Path(d) / "stopped.json").is_file() and len(run_dirs) > 1]
-    ends = [r for d in run_dirs for r in files.read_jsonl(Path(d) / "records.jsonl") if r.get("final")] if found else []
+    written = [path for d in run_dirs if (path := Path(d) / "records.jsonl").is_file()] if found else []
+    ends = [r for path in written for r in files.read_jsonl(path) if r.get("final")]
     return [{**trial, "ended": {r["seed"]: r["domain"]["val"]["bpb"] for r in ends
                                 if (r["arm"], r["recipe"]) == (trial["arm"], trial["recipe"])}} for trial in found]
 

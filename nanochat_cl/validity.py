@@ -19,6 +19,7 @@ COOLED = 0.2                            # last / highest learning rate of a run 
 APART = 1.5                             # factor to the next learning rate, on both sides, of an optimum inside its grid
 CONTROLS = {"dense-rows", "dense-frozen"}  # what must not belong to Model-CL alone
 MATCHED = {"params_total": "total parameters", "phase_a_flops": "FLOPs of Phase A"}  # to 1 %: routers are 0.7 % of a model of width 128
+PANELS = {"domain": np.nan, "general": np.nan, "floor": 0.0}  # in which routing must have had a say; a run may have no floor probes
 Check = tuple[str, str]                 # pass, fail or not tested, and what was found
 
 
@@ -62,7 +63,8 @@ def checks(c: Curves, limit: tuple[int, int], end: int, cl: int, gone: Sequence[
     declared = all(r.get("confirmatory") and r.get("profile") != "cpu" for r in every)
     idle = [(r.get("blocks") or {}).get("idle_share", np.nan) for r in ours if r["milestone"]] or [np.nan]
     idle_share = float(np.median(idle))
-    constant = [r.get("constant_share", {}).get(part, np.nan) for r in ours for part in ("domain", "general")]
+    # Facts and questions are not in it: what is asked in one short line is served under the constant choice, whatever the model.
+    constant = [r.get("constant_share", {}).get(part, default) for r in ours for part, default in PANELS.items()]
     lr, epoch, budget = c.field("lr_mult").mean(1), c.field("epoch").max(), c.field("phase_a_tokens")[:, :, 0]
     texts = {r.get("phase_a_text") for r in every}
     settings = [r.get("setting") for r in every]

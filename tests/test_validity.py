@@ -4,7 +4,7 @@ import copy
 import pytest
 
 import synthetic
-from nanochat_cl import crossover, curves
+from nanochat_cl import crossover, curves, files
 from nanochat_cl.command import UserError
 from synthetic import CLAIM, CROSS, RATES, claimed
 
@@ -66,7 +66,7 @@ def test_phase_a_is_compared_on_every_seed():
 
 def test_a_single_dense_rate_is_crossed_by_nobody():
     v = claimed({key: value for key, value in CROSS.items() if "lr_mult" not in key[1]})
-    assert v["parts"]["crossing"]["state"] == "pass" and v["verdict"] == "INCONCLUSIVE" and v["missing"] == ["interior dense optimum"]
+    assert v["parts"]["crossing"]["state"] == "barred" and v["verdict"] == "INCONCLUSIVE" and v["missing"] == ["interior dense optimum"]
 
 
 def test_a_mean_that_passes_without_its_bands_has_no_crossing_point():
@@ -82,8 +82,9 @@ def test_a_mean_that_passes_without_its_bands_has_no_crossing_point():
 
 def test_short_questions_are_not_the_text_that_must_be_routed():
     assert claimed(harm=lambda r: r["constant_share"].update(facts=1.0))["verdict"] == "SUPPORTED"
-    v = claimed(harm=lambda r: r["constant_share"].update(general=0.2))
-    assert v["checks"]["routed tokens"]["state"] == "fail" and v["verdict"] == "PARTLY"
+    for panel in ("domain", "general", "floor"):
+        v = claimed(harm=lambda r: r["constant_share"].update({panel: 0.2}))
+        assert v["checks"]["routed tokens"]["state"] == "fail" and v["verdict"] == "PARTLY", panel
 
 
 def test_phase_a_has_read_the_same_text():
@@ -242,3 +243,20 @@ def test_loss_at_equal_domain_score_is_read_off_the_line_between_the_ends_of_two
     for outside in (arms | {("cl", "default"): (1.0, lambda t: 0.05, 0.35)}, {("dense", "default"): (1.0, lambda t: 0.0, 0.4)} | cl):
         v = crossover.assess(synthetic.records(outside))
         assert v["floor_at_equal_domain"] is None and "equal domain score" not in v["sentence"], "better than all, or one end alone"
+
+
+def test_a_control_that_was_left_out_turns_no_crossing_into_a_refusal():
+    """A crossing by less than the smallest effect: without a control it is unknown, not refuted."""
+    small = CROSS | {("cl", "default"): (1.0, lambda t: 0.003 if t > 0.3 else -0.03, 0.15)}
+    whole = claimed(small, seeds=range(1, 9), sd=0.0002, docs=60)
+    assert whole["verdict"] == "PARTLY" and whole["parts"]["limit"]["state"] == "fail", whole["sentence"]
+    v = claimed({key: value for key, value in small.items() if key[0] != "dense-rows"}, seeds=range(1, 9), sd=0.0002, docs=60)
+    assert v["verdict"] == "INCONCLUSIVE" and v["missing"] == ["controls"] and v["parts"]["crossing"]["state"] == "barred", v["sentence"]
+
+
+def test_a_run_that_stopped_before_its_first_record_is_a_lost_trial_like_any_other(tmp_path):
+    rows = synthetic.records(CROSS, **CLAIM)
+    whole, gone = synthetic.write(tmp_path / "whole", rows), tmp_path / "gone"
+    files.write_json(gone / "stopped.json", {"arm": "cl", "recipe": "lr_mult=9.0", "lr_mult": 9.0, "seed": 1, "step": 0, "reason": "planted"})
+    assert [(t["recipe"], t["ended"]) for t in curves.lost([whole, gone])] == [("lr_mult=9.0", {})]
+    assert len(curves.load([whole, gone])) == len(rows)
