@@ -25,7 +25,8 @@ from typing import Any
 from nanochat_cl import accounting, arms, command, crossover, evolve, files, machine, pretrain, report, runs
 from nanochat_cl.command import UserError
 from nanochat_cl.profiles import PROFILES
-from nanochat_cl.recipes import Recipe, of_arm, read
+from nanochat_cl.recipes import Recipe, of_arm, of_dense, read
+from nanochat_cl.validity import trial
 
 RECIPE = "lr_schedule=wsd,plasticity=budget:0.25"  # cooled down, and isolation is exercised; to a dense arm a budget of blocks is nothing
 EXTENSIONS = 3      # of the grid, before an optimum at its edge is given up
@@ -78,14 +79,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     everywhere = {name: getattr(theirs.recipe, name) for name in ("total_batch_size", "max_seq_len")}
     recipes = [replace(r, **{name: getattr(r, name) or value for name, value in everywhere.items()}) for r in map(read, args.recipes)]
     args.seeds, args.recipes = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(recipe.name for recipe in recipes))
-    args.batch_tokens = theirs.batch_tokens
+    args.batch_tokens, args.tag = theirs.batch_tokens, theirs.tag
     args.sizes, args.size = theirs.sizes, ["--profile", args.profile, *(["--depth", str(theirs.depth)] if theirs.depth else [])]
     if (replace(theirs.recipe, **dict.fromkeys(everywhere, 0)), theirs.seed, theirs.name, theirs.arms) != (Recipe(), 42, None, ["dense", "cl"]):
         raise UserError("a sweep names its runs and recipes itself: expected --recipes OPTION=VALUE,..., --lrs, --seeds and --arms")
-    dense = sum(arms.named(a).name.startswith("dense") for a in args.arms)
-    if not args.explore and 2 * dense < len(args.arms):
-        raise UserError(f"the dense model gets at least as many trials as Model-CL: got {dense} dense arm(s) of {len(args.arms)}; add "
-                        f"controls to --arms (dense-rows, dense-frozen), or say --explore")
+    tried = {(a.startswith("dense"), trial((a, of_arm(recipe, arms.named(a).recipe).name))) for a in args.arms for recipe in recipes}
+    if not args.explore and 2 * (dense := sum(is_dense for is_dense, _ in tried)) < len(tried):
+        raise UserError(f"the dense model gets at least as many trials as Model-CL: got {dense} different ones of {len(tried)} at each rate; "
+                        f"add controls to --arms (dense-rows, dense-frozen), or say --explore")
+    batches = {recipe.total_batch_size or theirs.batch_tokens for recipe in recipes}
+    uneven = len(batches) > 1 and any(theirs.sizes[key] % batch for key in ("milestone_tokens", "max_tokens") for batch in batches)
+    if not args.explore and (uneven or len({recipe.max_seq_len for recipe in recipes}) > 1):
+        raise UserError("what is compared is scored after the same tokens, on documents cut alike: expected recipes of one max_seq_len, and "
+                        "--milestone-tokens and --max-tokens that each total_batch_size divides; or say --explore")
     if min(args.jobs, args.nproc, len(set(args.lrs)) - (not args.explore)) < 1 or min(args.lrs) <= 0 or args.jobs > 1 < args.nproc:
         raise UserError("expected positive --lrs, two at least without --explore, and only one of --jobs and --nproc above 1")
     if any(read(label).lr_mult != 1 for label in args.recipes):
@@ -100,10 +106,10 @@ def config(size: list[str], arm: str) -> dict[str, Any]:
 
 
 def phase_a(args: argparse.Namespace, base: Path) -> list[Job]:
-    """Phase A of every seed, for the arms that do not begin from another's."""
+    """Phase A of every seed, for the arms that do not begin from another's; none where --from names a checkpoint."""
     flags, jobs = pretrain.parse(args.size).flags, []
     tokens = math.prod(pretrain.horizon(flags, PROFILES[args.profile].vocab_size))
-    for seed in args.seeds:
+    for seed in args.seeds if args.tag is None else ():
         for a in dict.fromkeys(arms.named(a).phase_a or a for a in args.arms):
             argv, place = ("--arm", a, "--seed", str(seed)), base / "base_checkpoints" / f"d{flags['depth']}_{a}_s{seed}"
             jobs.append(Job(f"phase_a_{a}_s{seed}", place, ("nanochat_cl.pretrain", *args.size, *argv), (a,), seed, tokens))
@@ -121,9 +127,10 @@ def phase_b(args: argparse.Namespace, base: Path, grid: list[float]) -> list[Job
         batch = recipe.total_batch_size or args.batch_tokens
         for a in args.arms:
             own = of_arm(recipe, arms.named(a).recipe)
-            if (a, own, seed) not in planned:
+            once = a, of_dense(own) if a.startswith("dense") else own, seed
+            if once not in planned:
                 streams.setdefault(own.replay, []).append(a)
-            planned.add((a, own, seed))
+            planned.add(once)
         options = [f"--{f.name.replace('_', '-')}={value}" for f in fields(Recipe) if (value := getattr(recipe, f.name)) != f.default]
         for replay, mine in streams.items():
             prefix = "" if replay == recipe.replay else "+".join(mine) + "_"
@@ -231,8 +238,14 @@ def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any]
         before = files.read_json(folder / "sweep.json")
         runs.check_same(folder, before["asked"], asked, "only seeds and rates may change, or --name")
         earlier = [row for row in before["runs"] if row["status"] != "missing"]
-        args.seeds = list(dict.fromkeys([*args.seeds, *(row["seed"] for row in earlier)]))
-    grid = sorted({*args.lrs, *(row["lr_mult"] for row in earlier)})
+    tried = [(row["seed"], row["lr_mult"]) for row in earlier]
+    for path in sorted(folder.glob("*/config.json")):  # what ended after its sweep was killed is in no ledger
+        records = path.with_name("records.jsonl")
+        if path.with_name("stopped.json").is_file() or records.is_file() and any(r["final"] for r in files.read_jsonl(records)):
+            alone = files.read_json(path)["asked"]
+            tried.append((alone["seed"], alone["recipe"]["lr_mult"]))
+    args.seeds = list(dict.fromkeys([*args.seeds, *(seed for seed, _ in tried)]))
+    grid = sorted({*args.lrs, *(lr for _, lr in tried)})
     plan(args, base, [*phase_a(args, base), *phase_b(args, base, grid)])
     if args.dry_run:
         return {}

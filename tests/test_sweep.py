@@ -91,11 +91,11 @@ def test_arms_with_a_replay_share_of_their_own_get_runs_of_their_own(tmp_path):
 
 
 def test_two_recipes_that_are_one_to_an_arm_are_run_once_for_it(tmp_path):
-    """dense-frozen has a plasticity of its own: under two budgets, or with a rate that is added, it is the same run."""
+    """A budget is nothing to dense, and dense-frozen has a plasticity of its own: under two of them, or with a rate that is added, each runs once."""
     args = sweep.parse([*TOY, "--arms", "dense,dense-frozen,cl", "--seeds", "1,2", "--recipes", "plasticity=budget:0.25", "plasticity=budget:0.5"])
     for grid in ([0.1, 0.3], [0.1, 0.3, 1.0]):
         jobs = sweep.phase_b(args, tmp_path, grid)
-        assert [job.arms for job in jobs] == 2 * len(grid) * [("dense", "dense-frozen", "cl")] + 2 * len(grid) * [("dense", "cl")]
+        assert [job.arms for job in jobs] == 2 * len(grid) * [("dense", "dense-frozen", "cl")] + 2 * len(grid) * [("cl",)]
     args = sweep.parse([*TOY, "--arms", "dense,dense-replay-5,cl", "--seeds", "1", "--recipes", "default", "replay=0.05", "replay=0.25"])
     assert [job.arms for job in sweep.phase_b(args, tmp_path, [1.0])] == [("dense", "cl"), ("dense-replay-5",), ("dense", "cl"), ("dense", "cl")]
 
@@ -222,7 +222,10 @@ def test_children_get_their_part_of_the_machine_and_their_output_goes_to_a_log(t
         (tmp_path / "logs/a=1.log").unlink()
 
 
-BAD = {"more Model-CL arms than dense ones": (["--arms", "dense,cl,cl-noiso"], "1 dense arm.*of 3.*--explore"),
+BAD = {"more Model-CL arms than dense ones": (["--arms", "dense,cl,cl-noiso"], "got 1 different ones of 3.*--explore"),
+       "one dense trial under two names": (["--recipes", "plasticity=budget:0.2", "plasticity=budget:0.3"], "got 1 different ones of 3"),
+       "recipes of two contexts": (["--recipes", "default", "max_seq_len=1024"], "one max_seq_len"),
+       "recipes scored after other tokens": (["--recipes", "default", "total_batch_size=24576"], "that each total_batch_size divides"),
        "no dense arm": (["--arms", "cl"], "at least as many trials"),
        "one learning rate": (["--lrs", "1"], "two at least"),
        "a learning rate of zero": (["--lrs", "0,1"], "positive --lrs"),
@@ -379,3 +382,18 @@ def test_a_run_without_end_goes_on_until_it_is_told_to_stop_and_cools_down_in_br
     branch = records("branch-of-endless", *cooled, "--keep-milestones", "--branch-of", "endless")
     whole = records("whole-repeat", *cooled, "--keep-milestones")
     assert json.dumps(branch) == json.dumps(whole) and [r["domain"] for r in branch[:3]] == [r["domain"] for r in trunk[:3]]
+
+
+def test_a_run_that_ended_after_its_sweep_was_killed_is_a_trial_as_well(tmp_path):
+    args = sweep.parse([*TOY, "--lrs", "0.1,1", "--seeds", "1"])
+    for job in sweep.phase_b(args, tmp_path, [9.0]):
+        files.write_json(job.folder / "config.json", {"asked": {"seed": 7, "recipe": {"lr_mult": 9.0}}})
+        files.write_jsonl(job.folder / "records.jsonl", [{"arm": a, "final": True, "domain": {"val": {"bpb": 1.0}}, "tok_per_s": 0.0} for a in job.arms])
+    began = tmp_path / "evolve" / args.name / "began"
+    files.write_json(began / "config.json", {"asked": {"seed": 8, "recipe": {"lr_mult": 5.0}}})
+    made = sweep.sweep(args, tmp_path, lambda job, slot: ends_with(job, lambda a, job: 1.0))
+    assert {0.1, 1.0, 9.0} <= {*made["grid"]} and 5.0 not in made["grid"] and {row["seed"] for row in made["runs"]} == {1, 7}
+
+
+def test_where_a_checkpoint_is_named_no_phase_a_is_planned(tmp_path):
+    assert sweep.phase_a(sweep.parse([*TOY, "--arms", "dense", "--from", "mine"]), tmp_path) == []
