@@ -125,14 +125,15 @@ def recipes(c: Curves, shown: list[int]) -> Figure:
     """
     fig = Figure(figsize=(7, 3.6))
     pareto, sweep = fig.subplots(1, 2)
-    gained, lost = (c.test - c.test[..., :1]).mean(1), (c.general[..., :1] - c.general).mean(1)
     part = [slice(None) if i in shown else slice(-1, None) for i in range(len(c.runs))]
-    lines(pareto, c, shown, [x[s] for x, s in zip(gained, part)], [y[s] for y, s in zip(lost, part)])
-    points = sorted(zip(gained.ravel(), lost.ravel()), reverse=True)
+    bpb, lost = ([x[s] for x, s in zip(each.mean(1), part)] for each in (-c.test, c.general[..., :1] - c.general))
+    lines(pareto, c, shown, bpb, lost)
+    points = sorted(zip(np.concatenate(bpb), np.concatenate(lost)))
     front = [p for k, p in enumerate(points) if p[1] < min((q[1] for q in points[:k]), default=np.inf)]
+    pareto.invert_xaxis()
     pareto.step(*zip(*front), where="post", color=INK, lw=.8, ls=":", label="front")
     pareto.axhline(0, color=INK, lw=.8)
-    pareto.set(title="forgetting for learning", xlabel="domain bits per byte gained",
+    pareto.set(title="forgetting for learning", xlabel="domain bits per byte, test",
                ylabel="general bits per byte lost\n(low right is better)")
     fig.legend(*pareto.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     found: dict[str, dict[float, float]] = {}  # arm -> peak learning rate -> score

@@ -39,6 +39,8 @@ pre{background:#f5f7f8;padding:.7rem .9rem;font-size:.8rem;line-height:1.4;white
 ABSENT = "<p class=soft>Not measured.</p>"
 COSTS = ("params_total", "params_active", "flops_per_token", "phase_a_tokens", "phase_a_flops", "tokens", "unique_tokens", "flops",
          "tok_per_s", "train_s", "update_s", "data_s", "eval_s", "checkpoint_s", *machine.LOAD)
+HEAD = {"params_total": "parameters", "params_active": "active for a token", "flops_per_token": "FLOPs per token", "phase_a_tokens":
+        "tokens of Phase A", "tokens": "of Phase B", "train_s": "seconds of training"}
 RULES = {"gap": "starts below: d(0) < 0", "limit": f"ends above the best dense score, by {crossover.SMALLEST_BPB} bpb or more",
          "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end; "
                      "fails where d(end) by itself is below 0",
@@ -74,7 +76,7 @@ def ledger(c: curves.Curves) -> dict[str, dict]:
     for i, (arm, recipe) in enumerate(c.runs):
         each = [metrics.continual(c.at[(arm, recipe, s)], "test") for s in c.seeds]
         row = {"domain bpb, val": -c.val[i, :, -1].mean(), "domain bpb, test": -c.test[i, :, -1].mean()}
-        row |= {m: np.mean([x[m] for x in each]) for m in each[0]} | {key: c.field(key)[i, :, -1].mean() for key in COSTS}
+        row |= {m: np.mean([x[m] for x in each]) for m in each[0] if all(m in x for x in each)} | {key: c.field(key)[i, :, -1].mean() for key in COSTS}
         row["light_eval_frac"] = metrics.light_share([r for s in c.seeds for r in c.at[(arm, recipe, s)]])
         spent = [row[key] for key in ("train_s", "eval_s", "checkpoint_s")]
         row["overhead_frac"] = sum(spent[1:]) / (sum(spent) or math.nan)
@@ -127,8 +129,8 @@ def section(title: str, *parts: str) -> str:
     return f"<h2>{title}</h2>" + ("".join(parts) or ABSENT)
 
 
-def verdict(v: dict) -> list[str]:
-    """The first sections of the page: the verdict with its parts, and the start."""
+def verdict(v: dict, costs: dict[str, dict]) -> list[str]:
+    """The first sections of the page: the verdict with its parts, what both models are and cost, and the start."""
     arm, general, curve, equal = escape(v["arm"]), v["general_start"], v["curves"], v["floor_at_equal_domain"]
     number = lambda n: crossover.interval(n).replace(" ", "\N{NO-BREAK SPACE}")
     word, rest = v["sentence"].split(": ", 1)
@@ -148,6 +150,8 @@ def verdict(v: dict) -> list[str]:
         f"that is best there on val; score = {figures.MINUS}bits per byte on test. The dense limit is {v['dense_limit']['bpb']:.4f} bpb, "
         f"by {escape(v['dense_limit']['run'])}. " + (f"At equal domain score, on the straight line between the ends of {escape(' and '.join(equal['between']))}, "
         f"{arm} lost {number(equal)} bpb more of general text. " if equal else "") + f"Intervals over {v['over']}. {caveat}</p>",
+        table(["compared at the end", *HEAD.values()],
+              [[name, *(quantity(costs[name][key]) for key in HEAD)] for name in (curve["dense_run"][-1], v["cl"])]),
         section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
 
 
@@ -161,16 +165,16 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     last = [c.at[(*c.runs[i], c.seeds[0])][-1] for i in shown]
     last = [(r.get("plasticity", {}).get("drift", {}), r.get("update_ratio") or {}) for r in last]
     moved = [[group, *(f"{x[group]:.3%}" if group in x else "" for pair in last for x in pair)] for group in last[-1][0]]
-    costs = [[key, *(quantity(run[key]) for run in runs.values())] for key in runs[c.names[0]]]
+    costs = [[key, *(quantity(run.get(key)) for run in runs.values())] for key in dict.fromkeys(key for run in runs.values() for key in run)]
     texts = {s["prompt"]: [other for other in samples if other["prompt"] == s["prompt"]] for s in samples}
-    commands = [*(config["argv"] for config in configs), ["python", "-m", "nanochat_cl.report", *result["runs"]]]
+    commands = [*(config["argv"] for config in configs), ["python", "-m", "nanochat_cl.report", *result["runs"], *(["--arm", v["arm"]] if v else [])]]
     mine = [next((config for config in configs if config["run"] == run_of(c, i)), {}) for i in shown]
     differs = differences(*(config.get("arms", {}).get(c.runs[i][0], {}) for config, i in zip(mine, shown))) if v else []
     rest = [[k, json.dumps(x)] for k, x in mine[0].items() if k not in ("arms", "argv")]
     less = [f"{c.labels[shown[-1]]} {figures.MINUS} {c.labels[shown[0]]}, end"] * bool(v)
     less += [f"{c.labels[i]}, end {figures.MINUS} start" for i in shown]
     body = [
-        *(verdict(v) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
+        *(verdict(v, runs) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
         section("The curves", "<div class=axis>",
                 *(f"<input type=radio name=axis id={k}{' checked' * (k == 'tokens')}> <label for={k}>{k}</label>" for k in figures.AXES),
                 *(figure(figures.crossover, c, shown, v, k, part=k) for k in figures.AXES), "</div>"),
@@ -208,7 +212,7 @@ def report(run_dirs: list[str], arm: str = "cl") -> dict:
     """Write every output of the report to the first directory; the content of result.json is returned."""
     records, out = curves.load(run_dirs), Path(run_dirs[0])
     names = {r["arm"] for r in records}
-    v = crossover.certify(run_dirs, arm) if len(names) > 1 and not all(name.startswith("dense") for name in names) else None
+    v = crossover.certify(run_dirs, arm) if arm in names and any(name.startswith("dense") for name in names) else None
     c = curves.paired(records)
     shown = [c.names.index(name) for name in (v["curves"]["dense_run"][-1], v["cl"])] if v else [int(c.val[..., -1].mean(1).argmax())]
     result = dict(verdict=v and v["verdict"], sentence=v["sentence"] if v else f"{', '.join(sorted(names))}: nothing to compare",

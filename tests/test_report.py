@@ -135,11 +135,12 @@ def test_the_front_and_the_optimum_of_the_sweep_are_drawn():
     arms = {("dense", f"lr_mult={lr}"): (lr, lambda t, best=best: best * t, lost) for lr, best, lost in ((.1, -.05, .1), (.2, 0.0, .2), (.5, -.03, .3))}
     c = curves.paired(synthetic.records(arms | {("cl", "default"): (1.0, lambda t: -.1, .4)}, milestones=5))
     pareto, sweep = figures.recipes(c, [1, 3]).axes
-    line = next(line for line in pareto.lines if line.get_label() == "front")
+    *drawn, line, _ = pareto.lines
     x, y = line.get_xdata(), line.get_ydata()
-    assert list(x) == sorted(x, reverse=True) and list(y) == sorted(y, reverse=True), "who learns less must forget less"
-    points = [(gain, lost) for a, b in zip((c.test - c.test[..., :1]).mean(1), (c.general[..., :1] - c.general).mean(1)) for gain, lost in zip(a, b)]
-    assert all(any(fx >= gain and fy <= lost for fx, fy in zip(x, y)) for gain, lost in points), "nothing is beyond the front"
+    assert line.get_label() == "front" and list(x) == sorted(x) and list(y) == sorted(y, reverse=True), "who scores worse must forget less"
+    points = [point for one in drawn for point in zip(one.get_xdata(), one.get_ydata())]
+    assert len(points) == 2 * 5 + 2 and all(any(fx <= bpb and fy <= lost for fx, fy in zip(x, y)) for bpb, lost in points), "nothing is beyond the front"
+    assert {*zip(x, y)} <= {*points} and pareto.xaxis_inverted(), "it goes through what is drawn"
     (ring,) = [line for line in sweep.lines if line.get_markersize() > 10]
     assert ring.get_xdata() == [0.2] and ring.get_ydata() == [-c.val[1].max()] and sweep.get_xscale() == "log"
     assert "not swept" in figures.recipes(curves.paired(synthetic.records(milestones=3)), [0, 1]).axes[1].get_title()
@@ -198,3 +199,23 @@ def test_pooled_runs_show_samples_and_configuration_of_the_compared_ones_and_eve
     page = (tmp_path / "a" / "report.html").read_text()
     assert "dense of the better run" in page and "cl of the worse run" in page and "dense of the worse run" not in page
     assert "evolve --name a" in page and "evolve --name b" in page and "configuration of dense/lr_mult=0.5" in page
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_seed_that_saw_one_sub_domain_takes_no_figure_of_the_others_along(tmp_path, who):
+    rows = synthetic.records(seeds=(1, 2), milestones=5)
+    for r in rows:
+        if r["seed"] == 1 + who:
+            r["seen"] = {name: n for name, n in list(r["seen"].items())[:1]} if isinstance(r["seen"], dict) else r["seen"][:1]
+    made = report.report([str(synthetic.write(tmp_path / "run", rows))])
+    assert "domain bpb, test" in made["ledger"]["cl/default"] and "acc" not in made["ledger"]["cl/default"]
+
+
+def test_arms_without_dense_have_curves_and_no_verdict_and_the_command_names_the_arm(tmp_path):
+    rows = [{**r, "arm": {"dense": "cl-noiso", "cl": "cl-flops"}[r["arm"]]} for r in synthetic.records(milestones=5)]
+    made = report.report([str(synthetic.write(tmp_path / "none", rows, config=CONFIG))], "cl-flops")
+    assert made["verdict"] is None and "nothing to compare" in made["sentence"]
+    rows = [{**r, "arm": {"cl": "cl-flops"}.get(r["arm"], r["arm"])} for r in synthetic.records(milestones=5)]
+    folder = synthetic.write(tmp_path / "named", rows, config=CONFIG)
+    assert report.report([str(folder)], "cl-flops")["certificate"]["arm"] == "cl-flops"
+    assert f"nanochat_cl.report {folder} --arm cl-flops" in (folder / "report.html").read_text()
