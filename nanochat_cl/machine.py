@@ -85,7 +85,7 @@ def describe() -> dict:
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=upstream.REPO, capture_output=True, text=True)
     return {"platform": platform.platform(), "cpu": _cpuinfo("model name") or platform.processor(), "cores": os.cpu_count(),
             "device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": gpus, "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "tiktoken", "pyarrow")},
+            "torch": str(torch.__version__), **{name: metadata.version(name) for name in ("numpy", "tiktoken", "pyarrow")},
             "commit": git.stdout.strip() or None, "upstream": {"path": str(tree), "sha256": upstream.tree_hash()}}
 
 
