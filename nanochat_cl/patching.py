@@ -199,6 +199,7 @@ def hunk(on: Applied) -> str:
         lines, first = inspect.getsourcelines(thing)
         return f"{os.path.relpath(inspect.getsourcefile(thing), root)}:{first}", [line.rstrip("\n") for line in lines]
     (old_place, old), (new_place, new) = source(inspect.unwrap(on.original), upstream.tree()), source(on.patch.wrap, upstream.REPO)
+    old = old[:2] if isinstance(on.original, type) else old  # a class is kept, as a base
     return "\n".join([f"# {on.patch.name}: {on.patch.why}", f"--- {old_place} {on.patch.target}", f"+++ {new_place}",
                       *(f"-{line}" for line in old), *(f"+{line}" for line in new)])
 

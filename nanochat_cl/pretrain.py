@@ -10,7 +10,6 @@ end. Run again it continues from the last whole checkpoint, or says that there i
 import argparse
 import math
 import os
-import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -135,17 +134,14 @@ def begun(folder: Path, asked: dict) -> dict:
 def base_train(flags: dict) -> None:
     """Upstream's script, in this process. It complains about flags and files by assertions: those become one line."""
     told = {name: value for name, value in flags.items() if value != FLAGS[name] or name in SIZES}
-    before, sys.argv = sys.argv, ["scripts.base_train", *(
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in told.items())]
     try:
-        runpy.run_module("scripts.base_train", run_name="__main__")
+        upstream.run_script("scripts.base_train", [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+                                                   for name, value in told.items()])
     except (AssertionError, ValueError) as e:
         place = traceback.extract_tb(e.__traceback__)[-1]
         if isinstance(e, UserError) or not Path(place.filename).is_relative_to(upstream.tree()):
             raise
         raise UserError(f"nanochat refused: {' '.join(str(e).split()) or place.line} ({place.filename}:{place.lineno})") from e
-    finally:
-        sys.argv = before
 
 
 def pretrain(args: argparse.Namespace) -> None:

@@ -4,8 +4,6 @@ Any script of the nanochat tree under the patches, so that it takes the checkpoi
 python -m nanochat_cl.script scripts.base_eval --eval sample --model-tag d4_cl_s42
 """
 import argparse
-import runpy
-import sys
 
 from nanochat_cl import command, patching, upstream
 
@@ -21,9 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not (path := upstream.tree() / f"{args.script.replace('.', '/')}.py").is_file():
         raise command.UserError(f"expected a script such as scripts.base_eval, got {args.script}; there is no {path}")
-    sys.argv = [args.script, *args.flags]
     with patching.applied():
-        runpy.run_module(args.script, run_name="__main__")
+        upstream.run_script(args.script, args.flags)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ python -m nanochat_cl.tokenizer --profile cpu
 import argparse
 import hashlib
 import logging
-import runpy
-import sys
 from pathlib import Path
 
-from nanochat_cl import command, corpus, files
+from nanochat_cl import command, corpus, files, upstream
 from nanochat_cl.profiles import PROFILES
 
 
@@ -34,8 +32,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"tokenizer | complete: {args.vocab_size:,} entries in {folder}{changed}")
         return
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # one line per percent otherwise
-    sys.argv = ["tok_train", f"--vocab-size={args.vocab_size}", f"--max-chars={args.max_chars}"]
-    runpy.run_module("scripts.tok_train", run_name="__main__")
+    upstream.run_script("scripts.tok_train", [f"--vocab-size={args.vocab_size}", f"--max-chars={args.max_chars}"])
     files.write_json(folder / "made_with.json", {**asked, "corpus_files": text})
     print(f"tokenizer | {args.vocab_size:,} entries in {folder}; next: python -m nanochat_cl.pretrain --profile {args.profile}")
 
@@ -51,7 +48,7 @@ def load(profile: str) -> tuple:
 
 
 def fingerprint(token_bytes) -> str:
-    """16 hex digits for the vocabulary whose tokens have these bytes."""
+    """16 hex digits for a vocabulary with these numbers of bytes of each token."""
     return hashlib.sha256(token_bytes.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@ Which nanochat tree is used: `upstream/` of this checkout, or the one that NANOC
 """
 import hashlib
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def activate() -> None:
                          f"unset NANOCHAT_CL_UPSTREAM or point it to a nanochat checkout")
     if sys.path[0] != path:
         sys.path[:] = [path, *(p for p in sys.path if p != path)]
+
+
+def run_script(name: str, flags: list[str]) -> None:
+    """Run a module of the tree as a command."""
+    before = sys.argv
+    sys.argv = [name, *flags]
+    try:
+        runpy.run_module(name, run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 def tree_hash() -> str:
