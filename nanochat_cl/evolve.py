@@ -8,6 +8,7 @@ Writes <base>/evolve/<run>/: config.json, records.jsonl (a line per arm and mile
 continues a run that was stopped, however it was, and ends with the same records.
 """
 import argparse
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ import torch.distributed as dist
 
 from nanochat_cl import arms, command, corpus, crossover, domain, files, machine, patching, runs
 from nanochat_cl.command import UserError
-from nanochat_cl.holdout import digest
 from nanochat_cl.profiles import PROFILES
 from nanochat_cl.recipes import Recipe, multiplier, of_arm
 
@@ -100,10 +100,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--arms names different arms, and one only with --from; got {', '.join(args.arms)}")
     if (args.floor_guard or 0) < 0:
         raise UserError(f"--floor-guard is how many bpb of general text may be lost, 0 or more, got {args.floor_guard}")
+    if args.floor_guard is not None and args.branch_of:
+        raise UserError("--floor-guard keeps the best model of a run from its start, and a branch starts midway: leave it out")
     if args.floor_guard is not None and args.recipe.max_seq_len:
         raise UserError("--floor-guard keeps a model for nanochat's scripts, which set attention windows by the context: leave out --max-seq-len")
+    least = {"max_tokens": 0}  # never stop
     if bad := [f"{name} {value}" for name, value in args.sizes.items()
-               if (value < (name != "max_tokens") if isinstance(value, int) else not value)]:
+               if (value < least.get(name, 1) if isinstance(value, int) else not value)]:
         raise UserError(f"sizes must be positive, got {', '.join(bad)}")
     if 0 < args.sizes["max_tokens"] < args.batch_tokens:
         raise UserError(f"--max-tokens {args.sizes['max_tokens']:,} is less than one batch of {args.batch_tokens:,}")
@@ -144,10 +147,10 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     """All that can be refused is refused here, before anything is written; the folder is locked in `held`. None when the run is complete."""
     from nanochat import common, flash_attention
 
-    from nanochat_cl import tokenizer
+    from nanochat_cl import plasticity, tokenizer
     from nanochat_cl.exam import Exam
     from nanochat_cl.learner import Learner
-    from nanochat_cl.phase_b import ENDLESS, PhaseB
+    from nanochat_cl.phase_b import ENDLESS, PhaseB, kept
     from nanochat_cl.stream import Stream
     check(args)
     try:
@@ -166,12 +169,16 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     if any(a.config.get("cl") for a in found):
         runs.check_ranks(world_size)
     own = {a: of_arm(recipe, arms.named(a).recipe) for a in args.arms}
+    if lora := [a for a in args.arms if arms.named(a).lora and plasticity.parse(own[a].plasticity).shared]:
+        raise UserError(f"{', '.join(lora)} has frozen all but its adapters, so plasticity {recipe.plasticity} is nothing to it: leave it out")
     if len(replays := {mine.replay for mine in own.values()}) > 1:
         raise UserError(f"arms of one run read one stream, and {', '.join(f'{a} replays {mine.replay:g}' for a, mine in own.items())}: "
                         f"give each share of replay a run of its own; crossover pools them")
 
     args.name = args.name or f"{args.profile}_{name}_{recipe.name}_s{args.seed}"
     folder, place, steps = base / "evolve" / args.name, base / "corpora" / name, sizes["max_tokens"] // batch_tokens or ENDLESS
+    if recipe.warmup_steps >= steps:
+        raise UserError(f"a warm-up of {recipe.warmup_steps} steps has no end in a run of {steps:,}: lower --warmup-steps, or raise --max-tokens")
     made = files.read_json(place / "corpus.json") if (place / "corpus.json").is_file() else {}
     words, text = tokenizer.fingerprint(token_bytes), corpus.fingerprint(made, "general_files")
     asked = {**{key: getattr(args, key) for key in ("profile", "arms", "seed", "repeat", "audit", "confirmatory", "floor_guard")}, **sizes,
@@ -184,6 +191,8 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     records = files.read_jsonl(folder / "records.jsonl") if (folder / "records.jsonl").is_file() else []
     if sum(record["final"] for record in records) == len(found):
         machine.say(f"evolve | complete: {len(records)} records in {folder / 'records.jsonl'}; {what_next(args, folder)}")
+        for line in kept(args, records):
+            machine.say(line)
         return None
     same_text(args, found, words, text)
     kept = (sizes["max_tokens"] // sizes["milestone_tokens"]).bit_length() if args.keep_milestones else 0
@@ -203,9 +212,10 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
         state = branch(run, base / "evolve" / args.branch_of, asked, device)
     held.enter_context(runs.locked(folder, runs.ranks()[0]))
     if not (folder / "config.json").is_file():
+        launched = ["torchrun", f"--nproc_per_node={world_size}", "-m"] if world_size > 1 else ["python", "-m"]
         runs.write(files.write_json, folder / "config.json", {
-            "run": args.name, "argv": ["python", "-m", "nanochat_cl.evolve", *args.argv], "profile": args.profile, "asked": asked,
-            "steps": steps, "machine": here,
+            "run": args.name, "argv": [*launched, "nanochat_cl.evolve", *args.argv], "profile": args.profile, "asked": asked,
+            "steps": steps, "machine": here, "wandb_id": secrets.token_hex(8),
             "arms": {a.arm: {**a.cost, "cl": a.config.get("cl"), "phase_a": a.result} for a in found}})
     if runs.ranks()[0] == 0:
         (folder / "stopped.json").unlink(missing_ok=True)  # of an earlier try
@@ -214,8 +224,8 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
         runs.write(files.write_jsonl, folder / "records.jsonl", run.state["records"])
     if args.run != "dummy" and runs.ranks()[0] == 0:
         import wandb
-        run.log = wandb.init(project="nanochat_cl", name=args.run, id=digest(str(folder)), resume="allow",  # a continued run continues its curve
-                             dir=str(folder), config=asked)
+        begun = files.read_json(folder / "config.json")["wandb_id"]  # a continued run continues its curve
+        run.log = wandb.init(project="nanochat_cl", name=args.run, id=begun, resume="allow", dir=str(folder), config=asked)
     length = "without end, steps" if steps == ENDLESS else f"{run.marks.last + 1:,} milestones, {steps:,} steps"
     machine.say(f"evolve | {', '.join(args.arms)} s{args.seed}, recipe {recipe.name}: {length} of {machine.short(batch_tokens)} tokens of "
                 f"{name} ({sizes['schedule']}), from "
@@ -230,7 +240,7 @@ def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dic
     if not (trunk / "config.json").is_file():
         raise UserError(f"--branch-of names a run, and there is none at {trunk}")
     config, free = files.read_json(trunk / "config.json"), {"lr_schedule": None, "cooldown_frac": None}
-    without = lambda asked: {**asked, "max_tokens": None, "recipe": asked["recipe"] | free}
+    without = lambda asked: {**asked, "max_tokens": None, "floor_guard": None, "recipe": asked["recipe"] | free}
     runs.check_same(trunk, without(config["asked"]), without(asked), "a branch differs in --lr-schedule, --cooldown-frac and --max-tokens")
     recipe, theirs = run.args.recipe, Recipe(**config["asked"]["recipe"])
     same = [multiplier(s, run.steps, recipe) == multiplier(s, config["steps"], theirs) for s in range(min(run.steps, config["steps"]))]
@@ -264,6 +274,7 @@ def what_next(args: argparse.Namespace, folder: Path) -> str:
 
 
 def evolve(args: argparse.Namespace) -> None:
+    from nanochat_cl.phase_b import kept
     run = None
     with patching.applied(), runs.together(lambda: run.where() if run else "the start"), ExitStack() as held:
         run = begin(args, held)
@@ -296,7 +307,7 @@ def evolve(args: argparse.Namespace) -> None:
                     run.saved()
                 raise
     machine.say(run.shares())
-    for line in run.kept():
+    for line in kept(args, run.state["records"]):
         machine.say(line)
     machine.say(f"evolve | {len(run.state['records'])} records in {run.folder / 'records.jsonl'}; {what_next(args, run.folder)}")
     if run.log:

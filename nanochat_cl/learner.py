@@ -139,7 +139,8 @@ class Learner:
             here = torch.stack([mask.float().mean() for mask in routing.coverage(inputs, self.model.config.cl)])
             used = [runs.over_ranks(kind, "sum") for kind in routing.usage(self.model)]
             self.plastic(used)
-            self.used, self.idle_sum = ([a + b for a, b in zip(*pair)] for pair in ((self.used, used), (self.idle_sum, self._idle_shares())))
+            self.used = [a + b for a, b in zip(self.used, used)]
+            self.idle_sum = [a + b for a, b in zip(self.idle_sum, self._idle_shares())]  # after `plastic`, which zeroes gradients
             self.covered = self.covered + runs.over_ranks(here, "sum").to(self.covered) / runs.ranks()[1]
         loss = runs.over_ranks(total, "sum").item() / runs.ranks()[1]  # waits for the device, so the times are true
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()} if measured else {}
@@ -160,31 +161,40 @@ class Learner:
         self.count, self.loss_sum, self.train_s = self.count + 1, self.loss_sum + loss, self.train_s + time.perf_counter() - start
 
     def drift(self) -> tuple[dict[str, float], float | None]:
-        """How far the weights are from Phase A's, by group, and the share of routed blocks that have not moved by one bit since then."""
+        """How far the weights are from Phase A's, by group, and the share of working routed blocks that are bit for bit what they were."""
+        mlp = self.model.transformer.h[0].mlp
         path, now = self.phase_a.place / f"model_{self.phase_a.step:06d}.pt", lora.merged(self.model, dict(self.model.named_parameters()))
         then = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return metrics.change(then, now), metrics.unmoved(then, now, self.phase_a.config["cl"]["shared"]) if self.sparse else None
+        unmoved = metrics.unmoved(then, now, mlp.shared, mlp.shared + self.working(mlp)) if self.sparse else None
+        return metrics.change(then, now), unmoved
+
+    def working(self, part: routing.Routed) -> int:
+        """How many of its routed blocks may work: not the reserve that is held back."""
+        return part.routed - part.held + min(self.model.config.cl["released"], part.held)
 
     def _idle_shares(self) -> list[float]:
         """
         For each kind of part, the share of (layer, block) pairs that this step leaves as they are, for no rank has a gradient for them;
-        of those that may work, which a reserve that is held back may not.
+        of those that may work.
         """
-        working = lambda part: part.routed - part.held + min(self.model.config.cl["released"], part.held)
-        grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:][:working(part)]
+        grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:][:self.working(part)]
         learned = [torch.stack([grad(part).flatten(1).any(1) for part in kind]).float() for kind in routing.parts(self.model)]
         isolated = self.phase_a.config["cl"]["isolate"]
         return [1 - runs.over_ranks(kind, "max").mean().item() if isolated else 0.0 for kind in learned]
 
-    def trouble(self) -> str | None:
-        """What is wrong with the last losses: not finite, or far above their running median (and the first, while it is in memory)."""
+    def trouble(self) -> tuple[str, int] | None:
+        """
+        What is wrong with the last losses, not finite, or far above their running median (and the first, while it is in memory); and for
+        how many steps.
+        """
         *before, last = self.losses
         if not math.isfinite(last):
-            return f"the loss is {last}"
+            return f"the loss is {last}", 1
         if len(before) >= EXPLOSION_STEPS:
             usual = min([statistics.median(before), *before[:len(self.losses) < MEMORY_STEPS]])  # the first is still Phase A's
             if min(self.losses[-EXPLOSION_STEPS:]) > usual + EXPLOSION_NATS:
-                return f"the loss exploded to {last:.2f}: {EXPLOSION_STEPS} steps more than {EXPLOSION_NATS} nats above the usual {usual:.2f}"
+                return (f"the loss exploded to {last:.2f}: {EXPLOSION_STEPS} steps more than {EXPLOSION_NATS} nats above the usual {usual:.2f}",
+                        EXPLOSION_STEPS)
         return None
 
     def blocks(self) -> dict[str, Any] | None:
@@ -194,8 +204,9 @@ class Learner:
         """
         if not self.sparse or not self.count:
             return None
-        each = [{"idle_share": idle / self.count, "entropy": plasticity.entropy(used), "use": (used / used.sum(1, keepdim=True)).tolist()}
-                for idle, used in zip(self.idle_sum, self.used)]
+        each = [{"idle_share": idle / self.count, "entropy": plasticity.entropy(used[:, :self.working(kind[0])]),
+                 "use": (used / used.sum(1, keepdim=True)).tolist()}
+                for idle, used, kind in zip(self.idle_sum, self.used, routing.parts(self.model))]
         constant, own = (self.covered / self.count).tolist()
         return {**each[0], "heads": each[1] if each[1:] else None, "released": self.model.config.cl["released"],
                 "constant_share": constant, "own_share": own, "audited": self.audited}

@@ -109,9 +109,9 @@ def change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> d
 
 
 @torch.no_grad()
-def unmoved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], shared: int) -> float:
-    """Share of the (layer, routed block) pairs that are what they were, bit for bit; the first `shared` of a layer are not routed."""
-    same = {name: (before[name].to(w) == w)[shared:].flatten(1).all(1) for name, w in after.items()
+def unmoved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], start: int, stop: int | None = None) -> float:
+    """Share of (layer, block) pairs that are what they were, bit for bit, among the blocks `start` to `stop` of each layer."""
+    same = {name: (before[name].to(w) == w)[start:stop].flatten(1).all(1) for name, w in after.items()
             if name.endswith(("mlp.c_fc.weight", "mlp.c_proj.weight"))}
     return torch.cat([x & same[name.replace("c_fc", "c_proj")] for name, x in same.items() if "c_fc" in name]).float().mean().item()
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +85,10 @@ class PhaseB:
                     if name in exam.subdomains)
             self.passages += recall.sample(mark * self.batch_tokens, rows, PASSAGES, args.seed)
 
-    def routed(self, learner: Learner) -> torch.Tensor:
-        """The blocks that an arm chooses for some general text."""
-        return routing.choices(learner.model, self.exam.routed.to(learner.device))
+    def routed(self, learner: Learner) -> list[torch.Tensor]:
+        """The blocks, and the heads where they are routed, that an arm chooses for some general text."""
+        text = self.exam.routed.to(learner.device)
+        return [routing.choices(learner.model, text, kind) for kind in range(len(routing.parts(learner.model)))]
 
     def train(self) -> None:
         """One step: the same batch for every arm, for each rank its rows."""
@@ -108,8 +109,8 @@ class PhaseB:
                 growth.grow(learner.model, learner.recipe.release, learner.recipe.newcomers, milestone, batch.inputs.to(learner.device))
             inputs, targets = (rows[rank::world_size].contiguous() for rows in (batch.inputs, batch.targets))
             learner.step(inputs, targets, self.rows, step, self.steps, self.marks.number(step + 1) is not None)
-            if reason := learner.trouble():
-                self.give_up(learner, reason)
+            if trouble := learner.trouble():
+                self.give_up(learner, *trouble)
         self.state.update(step=step + 1, stream_hash=digest.hexdigest())
         self.midway = False
 
@@ -117,20 +118,21 @@ class PhaseB:
         """In the first step since the start, of which the compiler takes minutes: what is saved is where it began. On one rank."""
         return self.midway and self.state["step"] == self.begun_step and runs.ranks()[1] == 1
 
-    def where(self, what: str = "") -> str:
-        """How far the run came, `what` happened there, and what it can go on from."""
-        step, saved = self.state["step"], runs.saved_steps(self.folder)
+    def where(self, what: str = "", bad: int = 0) -> str:
+        """How far the run came, `what` happened there, and what it can go on from: the newest state that is `bad` steps old at least."""
+        step = self.state["step"]
+        saved = [s for s in runs.saved_steps(self.folder) if s <= step - bad]
         good = runs.place(self.folder, saved[-1]) if saved else self.learners[0].phase_a.place
         rows = [f"{name} token {token:,}" for name, token in self.stream.places(min(step, self.steps - 1))]
         return (f"step {step} ({step * self.batch_tokens:,} tokens){what}; the batch is {len(rows)} rows from {rows[0]} to {rows[-1]}; "
                 f"last good checkpoint: {good}")
 
-    def give_up(self, learner: Learner, reason: str) -> None:
+    def give_up(self, learner: Learner, reason: str, bad: int = 1) -> None:
         self.saved()
         runs.write(files.write_json, self.folder / "stopped.json", {
             "arm": learner.name, "recipe": learner.recipe.name, "lr_mult": learner.recipe.lr_mult, "seed": self.args.seed,
             "step": self.state["step"], "reason": reason})
-        machine.say(f"evolve | stopped at {self.where(f': arm {learner.name}, {reason}')}; try a lower --lr-mult under another --name")
+        machine.say(f"evolve | stopped at {self.where(f': arm {learner.name}, {reason}', bad)}; try a lower --lr-mult under another --name")
         sys.exit(1)
 
     def score(self, pause: Callable[[], None]) -> None:
@@ -153,9 +155,7 @@ class PhaseB:
             machine.say(f"evolve | warning: ordinary milestones take {share:.0%} of the training time, expected at most {most:.0%}; raise "
                         f"--milestone-tokens, or lower --eval-docs or --probe-items under another --name")
         for r in new if self.log else ():
-            shown = {"domain_bpb": r["domain"]["val"]["bpb"], "general_bpb": r["general"]["val"]["bpb"], "recall_bpb": r["recall"]["mean"],
-                     **{key: r[key] for key in ("train_loss", "flops", "train_s", "eval_s", "tok_per_s", *machine.LOAD) if key in r}}
-            self.log.log({"tokens": r["tokens"], **{f"{r['arm']}/{key}": value for key, value in shown.items()}}, step=step)
+            self.log.log({"tokens": r["tokens"], **dict(numbers(r, r["arm"]))}, step=step)
 
     def most(self) -> float:
         """Share of the training time that scores and states may take at ordinary milestones."""
@@ -165,17 +165,13 @@ class PhaseB:
         """With a floor guard: the arm's best model within it, where it is the newest, as a checkpoint that nanochat's own scripts load."""
         if self.args.floor_guard is None or (best := within(records, learner.name, self.args.floor_guard))["step"] != self.state["step"]:
             return
-        place, step, (weights, config) = learner.phase_a.place.with_name(self.tag(learner.name)), best["step"], learner.kept()
+        place, step, (weights, config) = learner.phase_a.place.with_name(tag(self.args, learner.name)), best["step"], learner.kept()
         meta = {**learner.phase_a.meta, "step": step, "val_bpb": best["general"]["val"]["bpb"], "model_config": config}
         checkpoint_manager.save_checkpoint(str(place), step, weights, None, meta, runs.ranks()[0])
         if runs.ranks()[0] == 0:
             for older in {*place.glob("model_*"), *place.glob("meta_*")} - {*place.glob(f"*_{step:06d}.*")}:  # model and meta that are no longer the best
                 older.unlink(missing_ok=True)
         runs.write(files.write_json, place / "phase_a.json", {**learner.phase_a.result, "phase_b_tokens": best["tokens"]})
-
-    def tag(self, arm: str) -> str:
-        """Folder in base_checkpoints of the model that a floor guard keeps."""
-        return f"{self.args.name}_{arm}_kept".replace("/", "_")
 
     def record(self, learner: Learner, pause: Callable[[], None]) -> dict[str, Any]:
         """One line of records.jsonl."""
@@ -194,7 +190,8 @@ class PhaseB:
         gained = {name: begun[name]["bpb"] - now["bpb"] for name, now in scores["domain"]["val"]["subdomains"].items()}
         recalled, blocks = recall.score(learner.model, self.passages, learner.before, tokens, gained, self.exam.token_bytes), learner.blocks()
         if blocks:
-            blocks["agreement"] = plasticity.agreement(self.choices[learner.name], self.routed(learner))
+            for kind, *pair in zip((blocks, blocks["heads"]), self.choices[learner.name], self.routed(learner)):
+                kind["agreement"] = plasticity.agreement(*pair)
         if full:
             scores["plasticity"]["drift"], unmoved = learner.drift()
             blocks = blocks and blocks | {"unmoved": unmoved}
@@ -274,15 +271,30 @@ class PhaseB:
                 f"{self.most():.0%})"
                 + f"; peak memory {load['peak_memory_bytes'] / 1e9:.1f} GB" + (f", MFU {load['mfu']:.0%}" if "mfu" in load else ""))
 
-    def kept(self) -> list[str]:
-        """With a floor guard: which model of each arm was kept, and how to sample from it."""
-        guard, lines = self.args.floor_guard, []
-        for name in self.args.arms if guard is not None else ():
-            best = within(self.state["records"], name, guard)
-            lines.append(f"evolve | floor guard {guard:g}: the best {name} within it is milestone {best['milestone']}, {machine.short(best['tokens'])} "
-                         f"tokens{'' if best['step'] else ' (Phase A itself)'}, domain {best['domain']['val']['bpb']:.3f} bpb; sample from it: "
-                         f"python -m nanochat_cl.script scripts.base_eval --eval sample --model-tag {self.tag(name)}")
-        return lines
+
+def numbers(record: dict[str, Any], name: str) -> Iterator[tuple[str, float]]:
+    """Every number of a record, as name/key/key."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{name}/{key}")
+        elif isinstance(value, (int, float)):
+            yield f"{name}/{key}", value
+
+
+def tag(args: Namespace, arm: str) -> str:
+    """Folder in base_checkpoints of the model that a floor guard keeps."""
+    return f"{args.name}_{arm}_kept".replace("/", "_")
+
+
+def kept(args: Namespace, records: list[dict]) -> list[str]:
+    """With a floor guard: which model of each arm was kept, and how to sample from it."""
+    guard, lines = args.floor_guard, []
+    for name in args.arms if guard is not None else ():
+        best = within(records, name, guard)
+        lines.append(f"evolve | floor guard {guard:g}: the best {name} within it is milestone {best['milestone']}, {machine.short(best['tokens'])} "
+                     f"tokens{'' if best['step'] else ' (Phase A itself)'}, domain {best['domain']['val']['bpb']:.3f} bpb; sample from it: "
+                     f"python -m nanochat_cl.script scripts.base_eval --eval sample --model-tag {tag(args, name)}")
+    return lines
 
 
 def within(records: list[dict], arm: str, bound: float) -> dict:

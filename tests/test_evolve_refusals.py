@@ -71,6 +71,9 @@ BAD = {"an unknown arm": (["--arms", "dense,cll"], "cll.*expected one of dense, 
        "a missing checkpoint": (["--seed", "7"], r"d2_dense_s7.*python -m nanochat_cl.pretrain --profile cpu --arm dense --seed 7 --depth 2"),
        "an unreadable rule": (["--plasticity", "frozen"], "frozen"),
        "a claim where choices are made": (["--domain", "python", "--confirmatory"], "on python everything is.*another --domain"),
+       "adapters with nothing to learn": (["--arms", "dense,dense-lora", "--plasticity", "frozen-shared"], "dense-lora has frozen all but its adapters"),
+       "a warm-up without end": (["--warmup-steps", "10"], "warm-up of 10 steps has no end in a run of 10"),
+       "a guard midway": (["--floor-guard", "0.1", "--branch-of", "both"], "a branch starts midway: leave it out"),
        "a negative rate": (["--lr-mult", "-1"], "lr-mult")}
 
 
@@ -167,18 +170,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_rows_and_last_good_st
 def test_an_explosion_is_three_steps_far_above_the_median_and_a_hard_batch_is_none(base):
     arm = learner.Learner.__new__(learner.Learner)
 
-    def after(*losses: float) -> str | None:
+    def after(*losses: float) -> tuple[str, int] | None:
         arm.losses = [3.0 + 0.1 * (i % 3) for i in range(20)] + list(losses)
         return arm.trouble()
     arm.losses = [3.0, 3.5, 6.5, 7.0]
     assert arm.trouble() is None
     arm.losses = [3.0, 6.5, 7.0, 8.0]
-    assert "above the usual 3.00" in arm.trouble(), "from the first step on"
+    assert "above the usual 3.00" in arm.trouble()[0], "from the first step on"
     arm.losses = [0.1, *[4.0] * 63]
     assert arm.trouble() is None, "one easy batch of long ago"
     assert after() is None and after(9.0) is None and after(9.0, 9.0) is None and after(9.0, 9.0, 3.0) is None and after(5.9, 5.9, 5.9) is None
-    assert "exploded to 9.00" in after(9.0, 9.5, 9.0)
-    assert "inf" in after(math.inf) and "nan" in after(math.nan)
+    assert "exploded to 9.00" in after(9.0, 9.5, 9.0)[0] and after(9.0, 9.5, 9.0)[1] == 3
+    assert after(math.inf) == ("the loss is inf", 1) and after(math.nan) == ("the loss is nan", 1)
+
+
+def test_what_was_saved_within_an_explosion_is_not_called_good(base, capsys, monkeypatch):
+    """States after every step; the losses of steps 5, 6 and 7 are bad, so the weights after step 4 are the last good ones."""
+    step = learner.Learner.step
+
+    def stepping(self, inputs, targets, rows, number, steps, measured=False):
+        step(self, inputs, targets, rows, number, steps, measured)
+        self.losses[-1] += 20.0 * (number >= 5)
+    monkeypatch.setattr(learner.Learner, "step", stepping)
+    monkeypatch.setattr(runs, "KEEP", 9)
+    said = stopped(base, capsys, "exploded", "--milestone-tokens", "256")
+    assert "step 7 (1,792 tokens): arm dense, the loss exploded" in said and said.split("last good checkpoint: ")[1].startswith(
+        str(base / "evolve/exploded/checkpoints/000004")), said
 
 
 Usage = namedtuple("Usage", "total used free")

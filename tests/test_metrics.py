@@ -125,12 +125,12 @@ def test_change_is_the_distance_over_the_norm_for_each_group_of_weights():
 def test_a_block_has_moved_when_one_bit_of_either_matrix_has():
     make = lambda: {f"transformer.h.{i}.mlp.{m}.weight": torch.ones(5, 2, 3) for i in range(2) for m in ("c_fc", "c_proj")}
     before, after = make(), make()
-    assert metrics.unmoved(before, after, shared=1) == 1
+    assert metrics.unmoved(before, after, 1) == 1
     after["transformer.h.0.mlp.c_fc.weight"][0] = 7                     # shared
     after["transformer.h.0.mlp.c_fc.weight"][1, 1, 1] += 1e-6
     after["transformer.h.0.mlp.c_proj.weight"][1] = 7                   # the same one
     after["transformer.h.1.mlp.c_proj.weight"][4, 0, 0] += 1e-6
-    assert metrics.unmoved(before, after, shared=1) == 6 / 8
+    assert metrics.unmoved(before, after, 1) == 6 / 8
 
 
 def test_the_share_of_the_light_tier_is_its_time_over_the_training_between():

@@ -12,7 +12,7 @@ from killed_runs import comparable, kill_at, said, start, wait
 from nanochat_cl import phase_b, runs
 from nanochat_cl.command import UserError
 
-RESET = "--optimizer", "reset"  # the toy's Phase A has optimizer state for one rank
+RESET = "--optimizer", "reset", "--plasticity", "budget:0.3+routers:0.5"  # the toy's Phase A has optimizer state for one rank
 
 
 def keep_everything(out: Path):
