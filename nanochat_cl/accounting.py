@@ -13,15 +13,16 @@ from typing import Any
 
 PAD_VOCAB = 64           # as GPT's pad_vocab_size_to
 GATE, SMEAR = 12, 24     # inputs of a value embedding's gate and of the smear gate
+FIRST_CHUNK = 16         # positions that are routed by a learned constant, unless chunks are shorter: nothing was read yet
 ROUTER_ROWS = 8          # a router has a multiple of this many rows, see routing.Routed
 
 
 def boundaries(end: int, chunk: int) -> list[int]:
     """Starts of the chunks below `end`: 0, 16 and its doublings below `chunk`, then the multiples of `chunk`."""
-    early = [0]
-    while (start := 16 << len(early) - 1) < chunk:
-        early.append(start)
-    return [start for start in [*early, *range(chunk, end, chunk)] if start < end]
+    starts, start = [0], FIRST_CHUNK
+    while start < min(chunk, end):
+        starts, start = [*starts, start], 2 * start
+    return [*starts, *range(chunk, end, chunk)]
 
 
 def _fields(config: Any) -> Mapping[str, Any]:

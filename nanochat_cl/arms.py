@@ -30,6 +30,10 @@ class Arm:
     phase_a: str = ""                                # the arm whose Phase A checkpoint it starts from, where it differs in Phase B only
     description: str = ""
 
+    def __post_init__(self):
+        if self.cl is not None and (self.rows or self.lora):
+            raise UserError(f"arm {self.name}: rows and lora are for dense arms, Model-CL has row masks of its own")
+
 
 ARMS = {arm.name: arm for arm in (
     Arm("dense", description="plain nanochat"),
@@ -71,9 +75,10 @@ def sizes(n_embd: int, n_head: int, match: str = "params", width_mult: float = 1
     if n_embd < 24 or 4 * n_embd % block:
         raise UserError(f"Model-CL cuts {4 * n_embd} hidden units into blocks of {block}: expected a width that is a multiple of 4 "
                         f"(of 32 from 512 on) and at least 24, got {n_embd}; change --depth, --aspect-ratio or --head-dim")
-    if match == "params" and width_mult != 1 or not 0 <= reserve < 1 or width_mult < 1:
-        raise UserError(f"expected a width-mult of at least 1 (1 for match params) and a reserve of 0 to 1, got {width_mult} and {reserve}")
     dense = 4 * n_embd // block
+    if match == "params" and width_mult != 1 or not 0 <= reserve < 1 or not 1 <= width_mult <= 7 or dense * width_mult % 1:
+        raise UserError(f"expected a width-mult of 1 to 7 (1 for match params) that makes {dense} blocks another whole number of them, and a "
+                        f"reserve of 0 to 1, got {width_mult} and {reserve}")
     blocks, shared_heads = round(dense * width_mult), max(1, round(n_head / 4)) if heads and n_head > 2 else n_head
     shared = max(1, round(blocks / 8))
     held = round(reserve * (blocks - shared))

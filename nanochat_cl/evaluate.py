@@ -19,7 +19,6 @@ from nanochat_cl.command import UserError
 from nanochat_cl.holdout import digest
 from nanochat_cl.sources import read_parquet
 
-FIRST_CHUNK = 16  # positions that Model-CL routes by a learned constant, unless its chunks are shorter: nothing was read yet
 MAX_TOKENS = 16_384  # of a batch: eagerly scored, its logits are in memory several times, in float32
 MIN_CHARS = 1024  # such documents are preferred: of a short one, a large share is in the first chunk
 

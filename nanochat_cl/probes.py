@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanochat_cl import evaluate
+from nanochat_cl import accounting, evaluate
 from nanochat_cl.seeds import seed_for
 
 LEVELS = 3  # 0 easy, where it can be: the same was just said, again and again; .. 2 hard: distance, steps, or number of things to keep apart
@@ -166,7 +166,7 @@ def items(per_kind: int, seed: int = 0) -> list[Item]:
         for i in range(per_kind + per_kind % 2):
             r, level, flip = random.Random(seed_for(seed, f"probe/{kind}/{i // 2}")), i // 2 % LEVELS, i % 2 == 1
             context, choices = make(r, level, flip) if level or kind not in STATED else stated(kind, r, flip)
-            missing = evaluate.FIRST_CHUNK - len(re.findall(r"\w+|[^\w\s]", context))  # a word or a mark is a token at least
+            missing = accounting.FIRST_CHUNK - len(re.findall(r"\w+|[^\w\s]", context))  # a word or a mark is a token at least
             context = " ".join(LEAD_IN[-missing:] + [context]) if missing > 0 else context
             made.append(Item(kind, context, tuple(f" {choice}" for choice in choices), i % 2, level=level))
     return made

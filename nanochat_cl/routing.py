@@ -141,8 +141,9 @@ def choose(parts: list[Routed], pooled: Tensor, lengths: tuple[int, ...]) -> tup
     choice and gate (L, B, S, k), and used (L, R) tokens. Released blocks join the others of a chunk and displace none.
     """
     first = parts[0]
-    # In float64, which no GPU rounds to TF32: near ties must fall alike in training and in decoding.
-    score = torch.einsum("bsn,lrn->lbsr", pooled.double(), torch.stack([part.router[:part.routed] for part in parts]).double()).float()
+    # In float64, which no GPU rounds to TF32 (Apple's have none): near ties must fall alike in training and in decoding.
+    exact, routers = torch.float32 if pooled.device.type == "mps" else torch.float64, [part.router[:part.routed] for part in parts]
+    score = torch.einsum("bsn,lrn->lbsr", pooled.to(exact), torch.stack(routers).to(exact)).float()
     preference = (score + torch.stack([part.balance for part in parts])[:, None, None]).detach()
     old = first.routed - first.held
     choice = preference[..., :old].topk(first.active).indices
@@ -155,15 +156,16 @@ def choose(parts: list[Routed], pooled: Tensor, lengths: tuple[int, ...]) -> tup
     return choice, 2 * torch.sigmoid(score.gather(-1, choice)), used
 
 
-def over_ranks(counts: Tensor) -> Tensor:
-    """The sum over all ranks, so that they go on routing alike; traceable."""
+def traced_sum(counts: Tensor) -> Tensor:
+    """The sum over all ranks, so that they go on routing alike, as torch.compile can trace it (`runs.over_ranks` is for the host)."""
     return all_reduce(counts, "sum", dist.group.WORLD) if dist.is_initialized() else counts
 
 
-def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: bool = False) -> None:
+def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: bool = False) -> "State | None":
     """
     Choose blocks and heads of every layer for idx (B, T) and leave the decision with each part. With a cache, idx continues what the
-    cache holds: the chunk in progress keeps its blocks. Of a forward that is `learning`, on all ranks, their use is counted.
+    cache holds: the chunk in progress keeps its blocks, and what the cache is to hold afterwards is returned. Of a forward that is
+    `learning`, on all ranks, their use is counted.
     """
     cl, kinds, T = model.config.cl, parts(model), idx.shape[1]
     position = kv_cache.get_pos() if kv_cache is not None else 0
@@ -180,7 +182,7 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: 
     if counting:
         ones = torch.ones_like(idx.flatten(), dtype=torch.float32)
         seen = torch.zeros_like(model.token_count).index_add(0, idx.flatten(), ones)  # whole numbers: the same in any order of adding
-        model.token_count.mul_(MEMORY).add_(over_ranks(seen))
+        model.token_count.mul_(MEMORY).add_(traced_sum(seen))
 
     weights, carried = reach_weights(idx, starts if kv_cache is None else [*starts, T], cl)
     total, weight = weights @ features(table, idx), weights.sum(-1, keepdim=True)  # (B, S, n), (B, S, 1); the last for the cache
@@ -193,7 +195,7 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: 
         for kind in kinds:
             choice, gate, used = choose(kind, pooled, lengths)
             if learning:
-                used = over_ranks(used) if counting else used
+                used = traced_sum(used) if counting else used
                 with torch.no_grad():
                     for part, tokens in zip(kind, used):
                         part.usage.add_(tokens)
@@ -205,11 +207,11 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: 
     if not starts or starts[0] > 0:                                                # the chunk in progress goes on
         lengths, before = ((starts or [T])[0], *lengths), [tuple(t[:, :, None] for t in held) for held in state.chosen]
         made = [tuple(torch.cat(pair, dim=2) for pair in zip(held, new)) for held, new in zip(before, made)] if made else before
-    if kv_cache is not None:
-        kv_cache.routing = State(total[:, -1], weight[:, -1], tuple((choice[:, :, -1], gate[:, :, -1]) for choice, gate in made))
     for kind, (choice, gate) in zip(kinds, made):
         for layer, part in enumerate(kind):
             part.decision = Decision(choice[layer], gate[layer], lengths)
+    ends = tuple((choice[:, :, -1], gate[:, :, -1]) for choice, gate in made)
+    return None if kv_cache is None else State(total[:, -1], weight[:, -1], ends)
 
 
 def forget(model: torch.nn.Module) -> None:
@@ -271,10 +273,10 @@ def reset_usage(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def choices(model: torch.nn.Module, idx: Tensor) -> Tensor:
-    """(L, B, S, k) blocks of the MLPs that a forward of idx (B, T) uses, each chunk's in ascending order. Counts nothing."""
+def choices(model: torch.nn.Module, idx: Tensor, kind: int = 0) -> Tensor:
+    """(L, B, S, k) blocks (kind 0) or heads (1) that a forward of idx (B, T) uses, each chunk's in ascending order. Counts nothing."""
     decide(model, idx)
-    found = torch.stack([part.decision.choice for part in parts(model)[0]])
+    found = torch.stack([part.decision.choice for part in parts(model)[kind]])
     forget(model)
     return found.sort(-1).values
 

@@ -13,6 +13,6 @@ SIGNATURE = ("self", "other")
 def wrap(original):
     def prefill(self, other):
         original(self, other)
-        if state := getattr(other, "routing", None):  # routing.State, written by routing.decide
+        if state := getattr(other, "routing", None):  # routing.State, kept by gpt_forward
             self.routing = state.expand(self.batch_size)
     return prefill

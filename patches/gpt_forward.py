@@ -18,8 +18,10 @@ def wrap(original):
         if getattr(self.config, "cl", None) is None:
             return original(self, idx, targets, kv_cache, loss_reduction)
         # Not by the mode: a script may score or sample without a word to the model. Who trains wants a loss and its gradient.
-        routing.decide(self, idx, kv_cache, learning=targets is not None and torch.is_grad_enabled())
+        state = routing.decide(self, idx, kv_cache, learning=targets is not None and torch.is_grad_enabled())
         out = original(self, idx, targets, kv_cache, loss_reduction)
+        if kv_cache is not None:
+            kv_cache.routing = state  # only now: a call that the cache has no room for leaves it as it was
         routing.forget(self)
         return out
     return forward

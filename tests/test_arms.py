@@ -1,5 +1,6 @@
 """nanochat_cl.arms: what each name makes, that all of them train, and what is refused."""
 import json
+import math
 
 import pytest
 import torch
@@ -70,8 +71,10 @@ def test_blocks_add_up_to_the_hidden_layer_at_every_width(n_embd, options):
     (lambda: arms.cl(128, 2, 0, "cl", backend="triton"), "backend auto, masked, bmm, slice.*triton"),
     (lambda: arms.cl(128, 2, 0, "cl", chunk=0), "chunk of at least 1"), (lambda: arms.cl(128, 2, 0, "cl", chunk=1), "of 1 with reach token.*got 1 with bos"),
     (lambda: arms.cl(128, 2, 0, "cl-token", chunk=16), "got 16 with token"), (lambda: arms.cl(128, 2, 0, "cl", reach="token"), "got 512 with token"),
-    (lambda: arms.cl(128, 2, 0, "cl", width_mult=2.0), "width-mult of at least 1 .1 for match params.*got 2.0"),
-    (lambda: arms.cl(128, 2, 0, "cl-flops", width_mult=0.5), "width-mult"), (lambda: arms.cl(128, 2, 0, "cl", reserve=1.0), "reserve of 0 to 1"),
+    (lambda: arms.cl(128, 2, 0, "cl", width_mult=2.0), "width-mult of 1 to 7 .1 for match params.*got 2.0"),
+    *((lambda mult=mult: arms.cl(128, 2, 0, "cl-flops", width_mult=mult), f"makes 16 blocks another whole number of them.*got {mult}")
+      for mult in (0.5, 1.02, 8.0, math.inf, math.nan)),
+    (lambda: arms.Arm("mine", {}, lora=4), "arm mine: rows and lora are for dense arms"), (lambda: arms.cl(128, 2, 0, "cl", reserve=1.0), "reserve of 0 to 1"),
     (lambda: arms.cl(128, 2, 0, "cl", reserve=-0.1), "reserve"), (lambda: arms.cl(128, 2, 0, "cl", reserve=0.95), "not in reserve"),
     (lambda: arms.cl(128, 2, 0, "cl-flops", width_mult=1.0, reserve=0.5), "not in reserve"),
     (lambda: arms.cl(128, 2, 0, "cl-noiso", reserve=0.5), "reserve needs isolated updates")])

@@ -23,8 +23,9 @@ def cache(rows, seq_len=64, layers=SIZES["n_layer"]):
 
 def by_kind(model, idx, kv_cache=None, learning=False):
     """For blocks, then heads: (L, B, T, k) choice and gate of every token; a cache is advanced as attention would."""
-    routing.decide(model, idx, kv_cache, learning)
+    state = routing.decide(model, idx, kv_cache, learning)
     if kv_cache is not None:
+        kv_cache.routing = state
         kv_cache.advance(idx.shape[1])
     kinds = []
     for kind in routing.parts(model):
@@ -86,15 +87,20 @@ def test_a_chunk_is_routed_by_the_tokens_that_are_in_reach(reach, chunk):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reach, chunk", REACHES)
 def test_changing_a_token_changes_no_earlier_logit(reach, chunk, training):
+    """In training, where a loss has a gradient, the loss of no earlier token."""
     model, idx = build(reach=reach, chunk=chunk).train(training), tokens(2, 64, bos_every=23)
     model.token_count.copy_(torch.arange(64))
-    counted = model.token_count.clone()
-    before = model(idx).detach()
+    counted, call = model.token_count.clone(), model
+    if training:
+        targets = tokens(2, 64, seed=1)
+        call = lambda idx: model(idx, targets, loss_reduction="none").view(2, 64)
+    before = call(idx).detach()
+    assert torch.equal(model.token_count, counted) != training
     for t in (1, 15, 16, 31, 32, 47, 63):
         changed = idx.clone()
         changed[:, t] = changed[:, t] % 63 + 1
         model.token_count.copy_(counted)  # training counts its batches
-        after = model(changed).detach()
+        after = call(changed).detach()
         assert torch.equal(after[:, :t], before[:, :t]), f"token {t} changed an earlier logit"
         assert not torch.equal(after[:, t], before[:, t])
 
@@ -130,6 +136,17 @@ def test_prefill_and_decoding_give_the_logits_of_one_forward_and_a_reset_cache_b
                 torch.testing.assert_close(column, full[:, t:t + 1].expand(3, -1, -1), atol=1e-4, rtol=0)
             first.reset()
             many.reset()
+
+
+def test_a_call_that_the_cache_has_no_room_for_leaves_it_as_it_was():
+    model, idx = build(chunk=16, sizes=dict(n_layer=3)).eval(), tokens(1, 60)
+    with torch.inference_mode():
+        kv_cache = cache(1, seq_len=30, layers=3)
+        model(idx[:, :20], kv_cache=kv_cache)
+        with pytest.raises((AssertionError, ValueError)):
+            model(idx[:, 20:], kv_cache=kv_cache)
+        assert kv_cache.get_pos() == 20
+        torch.testing.assert_close(model(idx[:, 20:30], kv_cache=kv_cache), model(idx[:, :30])[:, 20:], atol=1e-4, rtol=0)
 
 
 def test_rows_that_were_prefilled_from_one_may_part():
