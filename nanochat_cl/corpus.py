@@ -78,8 +78,10 @@ def build(args: argparse.Namespace) -> None:
                       "documents": {"train": 0, **{c: len(held[c]) for c in held}}}
     overlap = Overlap({"near_general": [d.text for c in HELD_OUT for d in held[c]]}, args.workers)
     seen = {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
-    skip, state["skipped"] = (0, state["skipped"]) if state["place"] else (state["read"], {})
-    source = islice(read(state["skipped"], None, state["place"]), skip, None)  # a hub goes on where it was, all else is near
+    skip = 0 if state["place"] else state["read"]  # a hub goes on where it was; all else is near, and read again from the start,
+    if not state["place"]:
+        state["skipped"] = {}                      # where what it lacks is counted again
+    source = islice(read(state["skipped"], None, state["place"]), skip, None)
     files.write_json(data_dir / partial, state)
     while state["bytes"] < (args.tokens or float("inf")) * BYTES_PER_TOKEN and (block := list(islice(source, args.docs_per_shard))):
         kept = [d for d, _ in screened(block, overlap, seen, state["dropped"])]

@@ -19,7 +19,7 @@ import numpy as np
 
 from nanochat_cl import files
 from nanochat_cl.command import UserError, run
-from nanochat_cl.curves import Curves, documents, load, lost, paired, scores
+from nanochat_cl.curves import Curves, documents, load, paired, scores, stopped_trials
 from nanochat_cl.estimates import Estimate, over_documents, over_seeds, resample
 from nanochat_cl.seeds import seed_for
 from nanochat_cl.validity import MAX_EPOCHS, MIN_SEEDS, check, checks, independent, matched
@@ -47,7 +47,7 @@ def slope(x: np.ndarray) -> np.ndarray:
     return (x[..., m // 2:] @ t / max(t @ t, 1) * max(m - 1, 1))[..., None]
 
 
-def lost_by(general: np.ndarray) -> np.ndarray:
+def forgotten(general: np.ndarray) -> np.ndarray:
     """What scores (..., M) have lost since the first milestone."""
     return general[..., :1] - general
 
@@ -66,7 +66,7 @@ def compare(dense_val, dense_test, dense_general, cl_val, cl_test, cl_general, e
     cl = picked(cl_test, cl_at)
     ours, theirs = picked(cl_general, cl_at), picked(dense_general, dense_at[..., -1:])
     d = cl - picked(dense_test, dense_at)
-    return dict(d=d, trend=slope(d), beyond=cl[..., -1:] - limit, floor=lost_by(ours)[..., -1:] - lost_by(theirs)[..., -1:],
+    return dict(d=d, trend=slope(d), beyond=cl[..., -1:] - limit, floor=forgotten(ours)[..., -1:] - forgotten(theirs)[..., -1:],
                 start=ours[..., :1] - picked(dense_general, dense_at[..., :1])[..., :1],
                 dense_at=dense_at, limit_at=limit_at, cl_at=cl_at)
 
@@ -154,7 +154,7 @@ def estimated_over_documents(c: Curves, x: dict, cl: int, at: np.ndarray, limit:
         nats, size, owner = c.panel(part)
         return scores(nats.mean(1), size, owner, resample(owner, rng))
     domain, general = drawn("domain"), drawn("general")
-    d, lost = domain[:, cl] - domain[:, at, np.arange(len(at))], lost_by(general)
+    d, lost = domain[:, cl] - domain[:, at, np.arange(len(at))], forgotten(general)
     draws = dict(d=d, beyond=domain[:, cl, -1:] - domain[:, limit[0], limit[1], None], floor=lost[:, cl, -1:] - lost[:, at[-1], -1:],
                  start=general[:, cl, :1] - general[:, at[0], :1], trend=slope(d))
     if line:
@@ -174,10 +174,10 @@ def assess(records: list[dict], arm: str = "cl", gone: list[dict] = ()) -> dict:
     x = compare(c.val[dense], c.test[dense], c.general[dense], c.val[mine], c.test[mine], c.general[mine], eligible)
     cl, at = mine[x["cl_at"][0]], np.array(dense)[x["dense_at"]]                    # numbers of runs; at (M,)
     limit = dense[x["limit_at"][0]], int(x["limit_at"][1])
-    line = bracket(c.val[dense, :, -1].mean(1), lost_by(c.general_val)[dense, :, -1].mean(1), c.val[cl, :, -1].mean())
+    line = bracket(c.val[dense, :, -1].mean(1), forgotten(c.general_val)[dense, :, -1].mean(1), c.val[cl, :, -1].mean())
     if line:
         line = dense[line[0]], dense[line[1]]
-        x["equal"] = beyond_line(c.test[..., -1].T, lost_by(c.general)[..., -1].T, cl, line)
+        x["equal"] = beyond_line(c.test[..., -1].T, forgotten(c.general)[..., -1].T, cl, line)
 
     one, seeds, by_documents = len(c.seeds) == 1, independent(c), estimated_over_documents(c, x, cl, at, limit, line)
     e = by_documents if one else {name: over_seeds(x[name]) for name in by_documents}
@@ -234,7 +234,7 @@ def sentence(v: dict) -> str:
 
 def certify(run_dirs: list[str], arm: str = "cl") -> dict:
     """Assess the runs and write crossover.json to the first of them."""
-    out = assess(load(run_dirs), arm, lost(run_dirs))
+    out = assess(load(run_dirs), arm, stopped_trials(run_dirs))
     paths = [Path(d) / name for d in run_dirs for name in ("records.jsonl", "stopped.json")]
     out["inputs"] = {str(path): files.sha256(path) for path in paths if path.is_file()}
     files.write_json(Path(run_dirs[0]) / "crossover.json", out)

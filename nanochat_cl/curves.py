@@ -16,7 +16,7 @@ from nanochat_cl import files
 from nanochat_cl.command import UserError
 
 
-def lost(run_dirs: list[str | Path]) -> list[dict]:
+def stopped_trials(run_dirs: list[str | Path]) -> list[dict]:
     """
     The trials among several runs that a guard stopped: arm, recipe, lr_mult, seed, step and reason of each, and under "ended" the last
     domain bpb on val by seed where it did not. One run is no trial.
@@ -30,11 +30,11 @@ def lost(run_dirs: list[str | Path]) -> list[dict]:
 
 def load(run_dirs: list[str | Path]) -> list[dict]:
     """
-    All records of the runs, but for recipes that an arm has `lost` on one of the seeds. UserError names the file and line of what cannot
+    All records of the runs, but for `stopped_trials`: recipes that an arm has lost on one of the seeds. UserError names the file and line of what cannot
     be read.
     """
     records: dict[tuple, dict] = {}
-    gone = {(trial["arm"], trial["recipe"]) for trial in lost(run_dirs)}
+    gone = {(trial["arm"], trial["recipe"]) for trial in stopped_trials(run_dirs)}
     for path in (Path(d) / "records.jsonl" for d in run_dirs if len(run_dirs) == 1 or not (Path(d) / "stopped.json").is_file()):
         if not path.is_file() or not path.stat().st_size:
             raise UserError(f"{path} holds no record: expected a Phase B run; run nanochat_cl.evolve to its first milestone")

@@ -1,5 +1,5 @@
 """
-What every arm is asked at every milestone of Phase B: the same held-out documents, probes and prompts, planned once.
+What every arm is asked at every milestone of Phase B: the same held-out documents (planned once), probes and prompts.
 
 Whoever has choice tests puts them into <base>/eval/{floor,facts,questions}/*.jsonl (formats: `read`) before the domain is made: what
 should not be lost, what may be, and questions about the domain; a domain's recipe can name more of the last. Each file is a probe of its

@@ -47,8 +47,10 @@ def stability_gap(tokens: np.ndarray, m: np.ndarray) -> tuple[float, float]:
 
 def reached(m: np.ndarray, target: float) -> float:
     """Where the scores m (M,) first come to `target`: an index, between two milestones by linear interpolation; nan if they never do."""
-    k = int(np.argmax(m >= target))
-    return math.nan if m[k] < target else k and float(k - (m[k] - target) / (m[k] - m[k - 1]))
+    k = int(np.argmax(m >= target))  # 0 where none does, too
+    if m[k] < target:
+        return math.nan
+    return float(k - (m[k] - target) / (m[k] - m[k - 1])) if k else 0.0
 
 
 def units(row: dict, group: str, kind: str) -> np.ndarray:
@@ -57,7 +59,7 @@ def units(row: dict, group: str, kind: str) -> np.ndarray:
     return items.reshape(-1, 2, 2).mean(1) if kind in probes.KINDS else items
 
 
-def lost(rows: list[dict], at: float, group: str) -> np.ndarray:
+def forgotten(rows: list[dict], at: float, group: str) -> np.ndarray:
     """Bits per byte of the right choice that `units` of facts or floor have lost from rows[0] to rows[at], interpolated as in `reached`."""
     each = lambda r: np.concatenate([units(r, group, kind)[:, 0] for kind in sorted(rows[0][group])])
     a, b = each(rows[int(at)]), each(rows[math.ceil(at)])

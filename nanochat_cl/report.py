@@ -99,7 +99,7 @@ def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
         at, between = (metrics.reached(x, target) if len(x) else math.nan for x in (val, val[asked]))
         values = [f"{np.interp(at, range(len(val)), x):.4f}" for x in (c.tokens / 1e6, (c.general[i, :, :1] - c.general[i]).mean(0))]
         both = [[rows[m] for m in asked] for rows in each]
-        facts, probes = ([np.mean([metrics.lost(rows, between, group) for rows in both], 0) for group in ("facts", "floor")]
+        facts, probes = ([np.mean([metrics.forgotten(rows, between, group) for rows in both], 0) for group in ("facts", "floor")]
                          if between >= 0 else ([math.nan], [math.nan]))
         chosen = metrics.selectivity(facts, probes) if between >= 0 else ()
         values += [f"{np.mean(facts):.4f}", f"{np.mean(probes):.4f}", "{:.2f} [{:.2f}, {:.2f}]".format(*chosen) if chosen else "nan"]

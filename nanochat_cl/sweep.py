@@ -53,7 +53,7 @@ class Job:
         ended = {r["arm"]: r["domain"]["val"]["bpb"] for r in records if r["final"]}
         return ended if set(ended) == set(self.arms) else {}
 
-    def lost(self) -> str | None:
+    def stopped_arm(self) -> str | None:
         """The arm for which a guard of evolve stopped the run: a trial that lost."""
         return files.read_json(path)["arm"] if self.recipe and (path := self.folder / "stopped.json").is_file() else None
 
@@ -139,7 +139,7 @@ def phase_b(args: argparse.Namespace, base: Path, grid: list[float]) -> list[Job
                 argv = ("--profile", args.profile, "--arms", ",".join(mine), "--seed", str(seed), "--name", f"{args.name}/{name}", *options)
                 job = Job(name, base / "evolve" / args.name / name, ("nanochat_cl.evolve", *args.rest, *argv), tuple(mine), seed,
                           args.sizes["max_tokens"] // batch * batch, recipe, label)
-                lost = job.lost()
+                lost = job.stopped_arm()
                 jobs.append(replace(job, arms=(lost,)) if lost else job)
                 mine = [a for a in mine if a != lost] if lost else []
                 prefix = "+".join(mine) + "_"
@@ -174,7 +174,7 @@ def plan(args: argparse.Namespace, base: Path, jobs: list[Job]) -> None:
     """Print what is to be done. Hours are those of training, memory is without activations, disk that of the states that are kept."""
     records = [r for path in (base / "evolve").rglob("records.jsonl") for r in files.read_jsonl(path)]
     speeds = {r["params_total"]: r["tok_per_s"] for r in records if r["tok_per_s"]}
-    missing, hours, disk = [job for job in jobs if not job.scores() and not job.lost()], 0.0, 0.0
+    missing, hours, disk = [job for job in jobs if not job.scores() and not job.stopped_arm()], 0.0, 0.0
     for a in dict.fromkeys(a for job in jobs for a in job.arms):
         shape, mine = config(args.size, a), [job for job in missing if a in job.arms]
         flops, size, tokens = accounting.flops_per_token(shape), accounting.params(shape)["total"], sum(job.tokens for job in mine)
@@ -254,7 +254,7 @@ def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any]
         jobs = phase_b(args, base, grid)
         scores = {job.name: job.scores() for job in jobs}
         rows = [{"run": job.name, "arms": job.arms, "recipe": job.recipe.name, "label": job.label, "lr_mult": job.recipe.lr_mult,
-                 "seed": job.seed, "tokens": job.tokens, "status": "complete" if scores[job.name] else "lost" if job.lost() else "missing",
+                 "seed": job.seed, "tokens": job.tokens, "status": "complete" if scores[job.name] else "lost" if job.stopped_arm() else "missing",
                  "val_bpb": scores[job.name]} for job in jobs]
         rows += [row for row in earlier if row["run"] not in scores]
         trials = {a: sum(a in row["arms"] and row["status"] != "missing" for row in rows) for a in args.arms}
@@ -265,14 +265,14 @@ def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any]
     def ended(job: Job, status: int, left: str) -> None:
         log = folder / "logs" / f"{job.name}.log"
         last = (log.read_text(errors="replace").strip().splitlines() if log.is_file() else [])[-1:]
-        if not (scores := job.scores()) and not job.lost():
+        if not (scores := job.scores()) and not job.stopped_arm():
             raise UserError(f"{job.name} ended with status {status} {last}: see {log}; the same command continues")
         ledger()
         shown = ", ".join(f"{a} {bpb:.4f}" for a, bpb in scores.items()) if job.recipe and scores else "".join(last) or "complete"
         machine.say(f"sweep | {job.name}: {shown} | {left}")
 
     start = start or launch(args, folder / "logs")
-    undone = lambda jobs: [job for job in jobs if not job.scores() and not job.lost()]
+    undone = lambda jobs: [job for job in jobs if not job.scores() and not job.stopped_arm()]
     for extension in range(EXTENSIONS + 1):
         run_jobs(undone(phase_a(args, base)), args.jobs, start, ended)
         while todo := undone(phase_b(args, base, grid)):  # again for the arms of a run that another arm stopped

@@ -56,7 +56,7 @@ def matched(c: Curves, dense: int, cl: int) -> list[str]:
 def checks(c: Curves, limit: tuple[int, int], end: int, cl: int, gone: Sequence[dict] = ()) -> dict[str, Check]:
     """
     Name -> check. limit: run and milestone of the dense limit; end: the dense run that is best at the end; cl: Model-CL's; gone: trials that
-    a guard stopped (`curves.lost`).
+    a guard stopped (`curves.stopped_trials`).
     """
     every, ours = [r for rows in c.at.values() for r in rows], [r for s in c.seeds for r in c.at[(*c.runs[cl], s)]]
     seeds, order = independent(c), {c.at[(*c.runs[end], s)][-1]["stream_hash"] for s in c.seeds}

@@ -23,7 +23,8 @@ def block_step(kernel, group):
         factor = torch.tensor(group.get("block_scale") or [1.0], device=params.device).expand(params.shape[:2])     # (K, G)
         if group["isolate"]:
             factor = factor * grads.flatten(-2).any(-1)
-        still, slowed = ((f := factor == 0).nonzero(as_tuple=True)), ((factor != 1) & ~f).nonzero(as_tuple=True)
+        idle = factor == 0
+        still, slowed = idle.nonzero(as_tuple=True), ((factor != 1) & ~idle).nonzero(as_tuple=True)
         kept, before = [t[still] for t in (params, momentum, second)], params[slowed]
         lr = torch.full_like(lr_t, group["lr"])  # upstream's own factor for tall matrices doesn't apply, see gpt_optimizer
         kernel(*(t.view(-1, *t.shape[2:]) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * group["decay"], beta2_t, ns_steps, -1)

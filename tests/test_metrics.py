@@ -67,8 +67,8 @@ def test_selectivity_is_facts_lost_over_floor_lost_with_an_interval_that_holds_i
     r = np.random.default_rng(0)
     facts, floor, start = r.normal(0.4, 0.1, 200), r.normal(0.1, 0.1, 200), r.uniform(1, 3, 200)
     rows = [asked(start, start), asked(start + facts, start + floor)]
-    np.testing.assert_allclose(metrics.lost(rows, 1, "facts"), facts)
-    np.testing.assert_allclose(metrics.lost(rows, 0.25, "floor"), floor / 4)
+    np.testing.assert_allclose(metrics.forgotten(rows, 1, "facts"), facts)
+    np.testing.assert_allclose(metrics.forgotten(rows, 0.25, "floor"), floor / 4)
     ratio, low, high = metrics.selectivity(facts, floor)
     assert ratio == pytest.approx(facts.mean() / floor.mean()) and low < ratio < high
     # the delta method's 95 % interval, an independent formula
@@ -82,9 +82,9 @@ def test_twins_are_one_unit_of_chance():
     items = lambda *bpb: {"items": [[x, 1] for x in bpb]}
     start = {"facts": {"f": items(*[1.0] * 9)}, "floor": {"copying": items(*[1.0] * 6), "file": items(1.0)}}
     end = {"facts": {"f": items(*[1.4] * 9)}, "floor": {"copying": items(*[1.4, 0.8] * 3), "file": items(1.1)}}
-    floor = metrics.lost([start, end], 1, "floor")
+    floor = metrics.forgotten([start, end], 1, "floor")
     np.testing.assert_allclose(floor, [0.1] * 4)       # three pairs, of which each lost 0.4 and won 0.2, and an item of a file
-    assert metrics.selectivity(metrics.lost([start, end], 1, "facts"), floor) == pytest.approx((4.0, 4.0, 4.0)), "as sure as all pairs agree"
+    assert metrics.selectivity(metrics.forgotten([start, end], 1, "facts"), floor) == pytest.approx((4.0, 4.0, 4.0)), "as sure as all pairs agree"
     np.testing.assert_array_equal(metrics.units({"floor": {"order": {"items": [[1, 1], [2, 0]]}}}, "floor", "order"), [[1.5, 0.5]])
 
 

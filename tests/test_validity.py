@@ -258,5 +258,5 @@ def test_a_run_that_stopped_before_its_first_record_is_a_lost_trial_like_any_oth
     rows = synthetic.records(CROSS, **CLAIM)
     whole, gone = synthetic.write(tmp_path / "whole", rows), tmp_path / "gone"
     files.write_json(gone / "stopped.json", {"arm": "cl", "recipe": "lr_mult=9.0", "lr_mult": 9.0, "seed": 1, "step": 0, "reason": "planted"})
-    assert [(t["recipe"], t["ended"]) for t in curves.lost([whole, gone])] == [("lr_mult=9.0", {})]
+    assert [(t["recipe"], t["ended"]) for t in curves.stopped_trials([whole, gone])] == [("lr_mult=9.0", {})]
     assert len(curves.load([whole, gone])) == len(rows)
