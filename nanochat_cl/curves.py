@@ -30,8 +30,8 @@ def stopped_trials(run_dirs: list[str | Path]) -> list[dict]:
 
 def load(run_dirs: list[str | Path]) -> list[dict]:
     """
-    All records of the runs, but for `stopped_trials`: recipes that an arm has lost on one of the seeds. UserError names the file and line of what cannot
-    be read.
+    All records of the runs, but for `stopped_trials`: recipes that an arm has lost on one of the seeds. UserError names the file and line
+    of what cannot be read.
     """
     records: dict[tuple, dict] = {}
     gone = {(trial["arm"], trial["recipe"]) for trial in stopped_trials(run_dirs)}
@@ -126,7 +126,8 @@ def paired(records: list[dict]) -> Curves:
                 raise UserError(f"{who} ran on schedule {mine[0].get('schedule')}, {c.names[0]} on {c.first[0].get('schedule')}: not comparable")
             if diverged := [r["milestone"] for r in mine if not np.isfinite(
                     [r["domain"]["val"]["bpb"], *documents(r, "domain")[:, 0], *documents(r, "general")[:, 0]]).all()]:
-                raise UserError(f"{who} has scores that are not finite from milestone {diverged[0]} on: it diverged; leave the recipe out for all arms")
+                raise UserError(f"{who} has scores that are not finite from milestone {diverged[0]} on: it diverged; leave the "
+                                f"recipe out for all arms")
             other = [part for part in name[1].split(",") if part.startswith(("replay=", "total_batch_size="))]
             hashes = [r["stream_hash"] for r in mine]
             if hashes != streams.setdefault((s, *other), hashes):

@@ -224,7 +224,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
         runs.write(files.write_jsonl, folder / "records.jsonl", run.state["records"])
     if args.run != "dummy" and runs.ranks()[0] == 0:
         import wandb
-        begun = files.read_json(folder / "config.json")["wandb_id"]  # a continued run continues its curve
+        begun = files.read_json(folder / "config.json").get("wandb_id")  # a continued run continues its curve
         run.log = wandb.init(project="nanochat_cl", name=args.run, id=begun, resume="allow", dir=str(folder), config=asked)
     length = "without end, steps" if steps == ENDLESS else f"{run.marks.last + 1:,} milestones, {steps:,} steps"
     machine.say(f"evolve | {', '.join(args.arms)} s{args.seed}, recipe {recipe.name}: {length} of {machine.short(batch_tokens)} tokens of "

@@ -169,7 +169,7 @@ class PhaseB:
         meta = {**learner.phase_a.meta, "step": step, "val_bpb": best["general"]["val"]["bpb"], "model_config": config}
         checkpoint_manager.save_checkpoint(str(place), step, weights, None, meta, runs.ranks()[0])
         if runs.ranks()[0] == 0:
-            for older in {*place.glob("model_*"), *place.glob("meta_*")} - {*place.glob(f"*_{step:06d}.*")}:  # model and meta that are no longer the best
+            for older in {*place.glob("model_*"), *place.glob("meta_*")} - {*place.glob(f"*_{step:06d}.*")}:  # no longer the best
                 older.unlink(missing_ok=True)
         runs.write(files.write_json, place / "phase_a.json", {**learner.phase_a.result, "phase_b_tokens": best["tokens"]})
 
@@ -213,7 +213,8 @@ class PhaseB:
             "subdomain": stream.current(step - 1) if step else None, "seen": stream.seen(step),
             "train_loss": learner.loss_sum / count if count else None, "lr_mult": lr_mult, "stream_hash": self.state["stream_hash"],
             "final": step == self.steps, "confirmatory": self.args.confirmatory, "schedule": self.args.sizes["schedule"],
-            "profile": self.args.profile, "setting": self.setting, **scores, "recall": recalled, "blocks": blocks, "constant_share": self.constant.get(learner.name, {})}
+            "profile": self.args.profile, "setting": self.setting, **scores, "recall": recalled, "blocks": blocks,
+            "constant_share": self.constant.get(learner.name, {})}
 
     def save(self) -> None:
         """Copy the state to main memory; this rank's part is written while training goes on, and counts when `saved` is through."""

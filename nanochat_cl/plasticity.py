@@ -51,7 +51,8 @@ def parse(text: str) -> Rule:
 def busiest(used: Tensor, general: Tensor, budget: float) -> Tensor:
     """
     Mask (L, R) of the ceil(budget * R) blocks per layer with the largest tf * idf: tf a block's share of this batch's use `used` (L, R),
-    idf the negative log of its share of the use on general text (the weights of words in Spärck Jones 1972). Blocks that served nothing are never among them.
+    idf the negative log of its share of the use on general text (the weights of words in Spärck Jones 1972). Blocks that served nothing are
+    never among them.
     """
     if budget == 1:
         return torch.ones_like(used, dtype=torch.bool)

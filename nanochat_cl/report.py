@@ -76,7 +76,8 @@ def ledger(c: curves.Curves) -> dict[str, dict]:
     for i, (arm, recipe) in enumerate(c.runs):
         each = [metrics.continual(c.at[(arm, recipe, s)], "test") for s in c.seeds]
         row = {"domain bpb, val": -c.val[i, :, -1].mean(), "domain bpb, test": -c.test[i, :, -1].mean()}
-        row |= {m: np.mean([x[m] for x in each]) for m in each[0] if all(m in x for x in each)} | {key: c.field(key)[i, :, -1].mean() for key in COSTS}
+        row |= {m: np.mean([x[m] for x in each]) for m in each[0] if all(m in x for x in each)}
+        row |= {key: c.field(key)[i, :, -1].mean() for key in COSTS}
         row["light_eval_frac"] = metrics.light_share([r for s in c.seeds for r in c.at[(arm, recipe, s)]])
         spent = [row[key] for key in ("train_s", "eval_s", "checkpoint_s")]
         row["overhead_frac"] = sum(spent[1:]) / (sum(spent) or math.nan)
@@ -148,8 +149,8 @@ def verdict(v: dict, costs: dict[str, dict]) -> list[str]:
               [[p["name"], p["state"], number(p), RULES[k]] for k, p in v["parts"].items()]),
         f"<p>Crossing point T<sub>x</sub>: {reached}. d = score of {arm} minus that of the dense curve, at each milestone the dense recipe "
         f"that is best there on val; score = {figures.MINUS}bits per byte on test. The dense limit is {v['dense_limit']['bpb']:.4f} bpb, "
-        f"by {escape(v['dense_limit']['run'])}. " + (f"At equal domain score, on the straight line between the ends of {escape(' and '.join(equal['between']))}, "
-        f"{arm} lost {number(equal)} bpb more of general text. " if equal else "") + f"Intervals over {v['over']}. {caveat}</p>",
+        f"by {escape(v['dense_limit']['run'])}. "
+        + (f"At equal domain score, on the straight line between the ends of {escape(' and '.join(equal['between']))}, {arm} lost {number(equal)} bpb more of general text. " if equal else "") + f"Intervals over {v['over']}. {caveat}</p>",
         table(["compared at the end", *HEAD.values()],
               [[name, *(quantity(costs[name][key]) for key in HEAD)] for name in (curve["dense_run"][-1], v["cl"])]),
         section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
@@ -165,9 +166,11 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     last = [c.at[(*c.runs[i], c.seeds[0])][-1] for i in shown]
     last = [(r.get("plasticity", {}).get("drift", {}), r.get("update_ratio") or {}) for r in last]
     moved = [[group, *(f"{x[group]:.3%}" if group in x else "" for pair in last for x in pair)] for group in last[-1][0]]
-    costs = [[key, *(quantity(run.get(key)) for run in runs.values())] for key in dict.fromkeys(key for run in runs.values() for key in run)]
+    keys = dict.fromkeys(key for run in runs.values() for key in run)
+    costs = [[key, *(quantity(run.get(key)) for run in runs.values())] for key in keys]
     texts = {s["prompt"]: [other for other in samples if other["prompt"] == s["prompt"]] for s in samples}
-    commands = [*(config["argv"] for config in configs), ["python", "-m", "nanochat_cl.report", *result["runs"], *(["--arm", v["arm"]] if v else [])]]
+    commands = [*(config["argv"] for config in configs),
+                ["python", "-m", "nanochat_cl.report", *result["runs"], *(["--arm", v["arm"]] if v else [])]]
     mine = [next((config for config in configs if config["run"] == run_of(c, i)), {}) for i in shown]
     differs = differences(*(config.get("arms", {}).get(c.runs[i][0], {}) for config, i in zip(mine, shown))) if v else []
     rest = [[k, json.dumps(x)] for k, x in mine[0].items() if k not in ("arms", "argv")]

@@ -71,8 +71,8 @@ def _tokenize(sources: list[Path], place: Path, tokenizer, label: str | None) ->
 
 class Stream:
     """
-    Batches of `rows` rows, over all ranks, of one domain. `visit_tokens` (cyclic only) is snapped to whole batches. `replay` is the share of rows that
-    repeat general training text, exact in the long run. Sub-domains come in the order that the domain's manifest names: name, size
+    Batches of `rows` rows, over all ranks, of one domain. `visit_tokens` (cyclic only) is snapped to whole batches. `replay` is the share of
+    rows that repeat general training text, exact in the long run. Sub-domains come in the order that the domain's manifest names: name, size
     (largest first), given or time (as in train.parquet) or seed; the documents of one keep their order. Raises UserError for what does not
     fit, and when `max_tokens` are asked of a stream that holds fewer without `repeat`. The last tokens of a sub-domain that fill no
     row (fewer than T) are not used.
