@@ -138,6 +138,8 @@ def verdict(v: dict, costs: dict[str, dict]) -> list[str]:
     reached = ("above from the first milestone on" if v["above_from_start"] else f"not within {v['tokens'][-1]:,} tokens (right-censored)"
                if not v["crossing_between"] else "between {:,} and {:,} tokens".format(*v["crossing_between"]))
     caveat = "Another seed may differ by more." if len(v["seeds"]) == 1 else "Student's t on paired seeds; the documents are held fixed."
+    at_equal = (f"At equal domain score, on the straight line between the ends of {escape(' and '.join(equal['between']))}, {arm} lost "
+                f"{number(equal)} bpb more of general text. ") if equal else ""
     start = [["domain", f"{curve['dense_bpb'][0]:.4f}", f"{curve['cl_bpb'][0]:.4f}", number(v["parts"]["gap"])],
              ["general text", f"{general['dense']:.4f}", f"{general['cl']:.4f}", number(general)]]
     return [
@@ -149,8 +151,7 @@ def verdict(v: dict, costs: dict[str, dict]) -> list[str]:
               [[p["name"], p["state"], number(p), RULES[k]] for k, p in v["parts"].items()]),
         f"<p>Crossing point T<sub>x</sub>: {reached}. d = score of {arm} minus that of the dense curve, at each milestone the dense recipe "
         f"that is best there on val; score = {figures.MINUS}bits per byte on test. The dense limit is {v['dense_limit']['bpb']:.4f} bpb, "
-        f"by {escape(v['dense_limit']['run'])}. "
-        + (f"At equal domain score, on the straight line between the ends of {escape(' and '.join(equal['between']))}, {arm} lost {number(equal)} bpb more of general text. " if equal else "") + f"Intervals over {v['over']}. {caveat}</p>",
+        f"by {escape(v['dense_limit']['run'])}. {at_equal}Intervals over {v['over']}. {caveat}</p>",
         table(["compared at the end", *HEAD.values()],
               [[name, *(quantity(costs[name][key]) for key in HEAD)] for name in (curve["dense_run"][-1], v["cl"])]),
         section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
