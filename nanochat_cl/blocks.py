@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nanochat_cl.routing import Decision, Routed
 
@@ -107,9 +106,9 @@ def masked(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
 
 class Chosen(torch.autograd.Function):
     """
-    x of M chunks by the blocks of weight (R, b, n) that choice (M, k) names: up, (M, t, n) -> (M, t, k*b), or down. The gradient of the weight is
-    one small matmul with a one-hot matrix: a sum in a fixed order, exactly 0 where nothing was chosen (indexing's own gradient adds
-    atomically on GPUs and slowly on CPUs).
+    x of M chunks by the blocks of weight (R, b, n) that choice (M, k) names: up, (M, t, n) -> (M, t, k*b), or down. The gradient of the
+    weight is one small matmul with a one-hot matrix: a sum in a fixed order, exactly 0 where nothing was chosen (indexing's own gradient
+    adds atomically on GPUs and slowly on CPUs).
     """
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, choice: Tensor, up: bool) -> Tensor:
@@ -121,17 +120,12 @@ class Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, choice = ctx.saved_tensors
+        if grad.device.type in COPY_AGAIN:  # what needs the gradient, if only for a 0, no compiler computes beforehand and keeps
+            choice = choice + grad.flatten()[:1].isnan().long().clamp(max=0)
         own = weight[choice].flatten(1, 2)
         change = grad.mT @ x if ctx.up else x.mT @ grad                             # (M, k*b, n)
         one_hot = (choice.flatten()[:, None] == torch.arange(len(weight), device=grad.device)).to(grad.dtype)   # (M*k, R)
         return grad @ (own if ctx.up else own.mT), (one_hot.mT @ change.reshape(len(one_hot), -1)).view(weight.shape), None, None
-
-
-def chosen(x: Tensor, weight: Tensor, choice: Tensor, up: bool) -> Tensor:
-    """`Chosen`. A compiled model would keep the copies of the weights for the gradient, unless told to make them again."""
-    if x.device.type in COPY_AGAIN:
-        return checkpoint(Chosen.apply, x, weight, choice, up, use_reentrant=False, preserve_rng_state=False)
-    return Chosen.apply(x, weight, choice, up)
 
 
 def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision, short: int = 0) -> Tensor:
@@ -143,8 +137,8 @@ def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision, short: int = 0)
         choice, gate = decision.choice[:, at], decision.gate[:, at]
         if length:
             choice, gate = choice.flatten(0, 1), gate.flatten(0, 1).to(x.dtype)[:, None, :, None]     # (M, k), (M, 1, k, 1)
-            hidden = relu2(chosen(here.reshape(len(choice), length, -1), fc, choice, True)).unflatten(-1, (-1, fc.shape[1])) * gate
-            out.append(chosen(hidden.flatten(-2), proj, choice, False).view(here.shape))
+            hidden = relu2(Chosen.apply(here.reshape(len(choice), length, -1), fc, choice, True)).unflatten(-1, (-1, fc.shape[1])) * gate
+            out.append(Chosen.apply(hidden.flatten(-2), proj, choice, False).view(here.shape))
         else:
             out.append(masked(here, fc, proj, Decision(choice, gate, lengths)))
         chunk, position = at.stop, position + sum(lengths)

@@ -134,7 +134,7 @@ def test_the_gradients_of_chosen_blocks_are_the_numerical_ones(up, again, monkey
     monkeypatch.setattr(blocks, "COPY_AGAIN", again)
     weight, x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
     choice = torch.tensor([[0, 2], [2, 0], [2, 2]])
-    assert torch.autograd.gradcheck(lambda x, w: blocks.chosen(x, w, choice, up).sin(), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: blocks.Chosen.apply(x, w, choice, up).sin(), (x, weight))
 
 
 def test_where_memory_is_dear_a_compiled_layer_does_not_keep_the_copies_and_computes_the_same_bits(monkeypatch):
