@@ -88,8 +88,9 @@ def relu2(x: Tensor) -> Tensor:
 
 def spread(decision: Decision, routed: int) -> Tensor:
     """The gate of each of the `routed` blocks at each position, 0 where it wasn't chosen: (B, T, R)."""
-    B, S, _ = decision.choice.shape
-    gate = decision.gate.new_zeros(B, S, routed).scatter(-1, decision.choice, decision.gate)
+    # A sum with one term each; scatter's gradient is an indexed load, which torch 2.11 can't compile for every CPU.
+    chosen = decision.choice[..., None] == torch.arange(routed, device=decision.choice.device)        # (B, S, k, R)
+    gate = torch.where(chosen, decision.gate[..., None], 0).sum(-2)
     if max(decision.lengths) == 1:
         return gate
     return torch.cat([gate[:, i:i + 1].expand(-1, length, -1) for i, length in enumerate(decision.lengths)], dim=1)
