@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_cl import files
+from nanochat_cl.arms import ARMS
 from nanochat_cl.command import UserError
 
 
@@ -71,10 +72,11 @@ def scores(nats: np.ndarray, size: np.ndarray, owner: np.ndarray, weights: np.nd
 
 
 def labels(runs: list[tuple[str, str]]) -> list[str]:
-    """Short names for pictures: the arm, and what of its recipe not all runs have."""
-    parts = [recipe.split(",") for _, recipe in runs]
-    own = [",".join(part for part in mine if not all(part in other for other in parts)) for mine in parts]
-    return ["/".join(filter(None, (arm, rest))) for (arm, _), rest in zip(runs, own)]
+    """Short names for pictures: the arm, and what of its recipe neither the arm's name says nor all others have."""
+    said = [{*ARMS[arm].recipe} - {"lr_mult"} if arm in ARMS else set() for arm, _ in runs]
+    parts = [[part for part in recipe.split(",") if part.partition("=")[0] not in own] for (_, recipe), own in zip(runs, said)]
+    common = lambda part: all(part in other or part.partition("=")[0] in own for other, own in zip(parts, said))
+    return ["/".join(filter(None, (arm, ",".join(part for part in mine if not common(part))))) for (arm, _), mine in zip(runs, parts)]
 
 
 @dataclass(frozen=True)

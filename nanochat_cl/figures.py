@@ -142,7 +142,8 @@ def recipes(c: Curves, shown: list[int]) -> Figure:
             found.setdefault(arm, {})[rate] = min(score, found.get(arm, {}).get(rate, np.inf))
     for k, (arm, at) in enumerate(found.items()):
         look = ("o-", "s--", "D-.", "^:", "v-")[k % 5]
-        sweep.plot(*zip(*sorted(at.items())), look, ms=4.5, color=(INK, RED, GREY)[min(k, 2)], label=arm)
+        color = INK if arm == "dense" else GREY if arm.startswith("dense") else RED
+        sweep.plot(*zip(*sorted(at.items())), look, ms=4.5, color=color, label=arm)
         if len(at) > 1:
             sweep.plot(low := min(at, key=at.get), at[low], "o", ms=12, mfc="none", mec=INK)
     ticks = sorted({rate for at in found.values() for rate in at})

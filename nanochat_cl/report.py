@@ -40,7 +40,7 @@ ABSENT = "<p class=soft>Not measured.</p>"
 COSTS = ("params_total", "params_active", "flops_per_token", "phase_a_tokens", "phase_a_flops", "tokens", "unique_tokens", "flops",
          "tok_per_s", "train_s", "update_s", "data_s", "eval_s", "checkpoint_s", *machine.LOAD)
 HEAD = {"params_total": "parameters", "params_active": "active for a token", "flops_per_token": "FLOPs per token", "phase_a_tokens":
-        "tokens of Phase A", "tokens": "of Phase B", "train_s": "seconds of training"}
+        "tokens, Phase A", "tokens": "Phase B", "train_s": "training, s"}
 RULES = {"gap": "starts below: d(0) < 0", "limit": f"ends above the best dense score, by {crossover.SMALLEST_BPB} bpb or more",
          "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end; "
                      "fails where d(end) by itself is below 0",
@@ -130,8 +130,8 @@ def section(title: str, *parts: str) -> str:
     return f"<h2>{title}</h2>" + ("".join(parts) or ABSENT)
 
 
-def verdict(v: dict, costs: dict[str, dict]) -> list[str]:
-    """The first sections of the page: the verdict with its parts, what both models are and cost, and the start."""
+def verdict(v: dict, compared: str) -> list[str]:
+    """The first sections of the page: the verdict with its parts, the table of what is compared, and the start."""
     arm, general, curve, equal = escape(v["arm"]), v["general_start"], v["curves"], v["floor_at_equal_domain"]
     number = lambda n: crossover.interval(n).replace(" ", "\N{NO-BREAK SPACE}")
     word, rest = v["sentence"].split(": ", 1)
@@ -152,8 +152,7 @@ def verdict(v: dict, costs: dict[str, dict]) -> list[str]:
         f"<p>Crossing point T<sub>x</sub>: {reached}. d = score of {arm} minus that of the dense curve, at each milestone the dense recipe "
         f"that is best there on val; score = {figures.MINUS}bits per byte on test. The dense limit is {v['dense_limit']['bpb']:.4f} bpb, "
         f"by {escape(v['dense_limit']['run'])}. {at_equal}Intervals over {v['over']}. {caveat}</p>",
-        table(["compared at the end", *HEAD.values()],
-              [[name, *(quantity(costs[name][key]) for key in HEAD)] for name in (curve["dense_run"][-1], v["cl"])]),
+        compared,
         section("Before Phase B (H1)", table(["bits per byte, test", curve["dense_run"][0], v["cl"], "advantage [95 %]"], start))]
 
 
@@ -178,7 +177,8 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     less = [f"{c.labels[shown[-1]]} {figures.MINUS} {c.labels[shown[0]]}, end"] * bool(v)
     less += [f"{c.labels[i]}, end {figures.MINUS} start" for i in shown]
     body = [
-        *(verdict(v, runs) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
+        *(verdict(v, table(["compared at the end", *HEAD.values()],
+                           [[c.labels[i], *(quantity(runs[c.names[i]][key]) for key in HEAD)] for i in shown])) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
         section("The curves", "<div class=axis>",
                 *(f"<input type=radio name=axis id={k}{' checked' * (k == 'tokens')}> <label for={k}>{k}</label>" for k in figures.AXES),
                 *(figure(figures.crossover, c, shown, v, k, part=k) for k in figures.AXES), "</div>"),
@@ -194,7 +194,7 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
         section("Weights and blocks", figure(figures.blocks, c, shown),
                 table(["|change| / |w|", *(f"{c.labels[i]}, {when}" for i in shown for when in ("since Phase A", "in a step"))], moved)
                 if moved else ""),
-        section("Scores and cost", table([f"at the last milestone; score = {figures.MINUS}bpb", *runs], costs)),
+        section("Scores and cost", table([f"at the last milestone; score = {figures.MINUS}bpb", *c.labels], costs)),
         *([section("Threats to validity", table(["check", "state", "found"], [[k, x["state"], x["found"]] for k, x in v["checks"].items()]),
                    "<p class=soft>Runs on other streams or documents are refused. No check sees other domains, sizes, kinds of text.</p>"),
            section("What differs between the arms", f"<pre>{escape(chr(10).join(differs))}</pre>" if differs else "")] if v else []),

@@ -43,6 +43,8 @@ def test_short_names_leave_out_what_all_runs_have_in_common():
     runs = [("dense", "lr_schedule=wsd,plasticity=all"), ("dense", "lr_mult=0.3,lr_schedule=wsd,plasticity=all"), ("cl", "lr_schedule=wsd")]
     assert curves.labels(runs) == ["dense/plasticity=all", "dense/lr_mult=0.3,plasticity=all", "cl"]
     assert curves.labels([("dense", "default"), ("cl", "default")]) == ["dense", "cl"]
+    runs = [("dense", "plasticity=budget:0.25"), ("dense-frozen", "plasticity=frozen-shared"), ("dense-low-lr", "lr_mult=0.1,plasticity=budget:0.25")]
+    assert curves.labels(runs) == ["dense", "dense-frozen", "dense-low-lr/lr_mult=0.1"], "what an arm's name says is not said again"
 
 
 def test_bpb_of_the_documents_is_the_bpb_of_the_records():
