@@ -62,6 +62,11 @@ def find(arm: str, tag: str, remedy: str) -> PhaseA:
     return PhaseA(arm, place, step, meta, {"tokens": tokens, "flops": tokens * accounting.flops_per_token(meta["model_config"]), **result})
 
 
+def working(model: torch.nn.Module, part: routing.Routed) -> int:
+    """How many routed blocks of a part may work: not the reserve that is held back."""
+    return part.routed - part.held + min(model.config.cl["released"], part.held)
+
+
 class Learner:
     """Model, optimizer and counters of one arm: `step` changes them, `state_dict` holds all of them."""
 
@@ -165,31 +170,27 @@ class Learner:
         mlp = self.model.transformer.h[0].mlp
         path, now = self.phase_a.place / f"model_{self.phase_a.step:06d}.pt", lora.merged(self.model, dict(self.model.named_parameters()))
         then = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        unmoved = metrics.unmoved(then, now, mlp.shared, mlp.shared + self.working(mlp)) if self.sparse else None
+        unmoved = metrics.unmoved(then, now, mlp.shared, mlp.shared + working(self.model, mlp)) if self.sparse else None
         return metrics.change(then, now), unmoved
-
-    def working(self, part: routing.Routed) -> int:
-        """How many of its routed blocks may work: not the reserve that is held back."""
-        return part.routed - part.held + min(self.model.config.cl["released"], part.held)
 
     def _idle_shares(self) -> list[float]:
         """
         For each kind of part, the share of (layer, block) pairs that this step leaves as they are, for no rank has a gradient for them;
         of those that may work.
         """
-        grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:][:self.working(part)]
+        grad = lambda part: getattr(part, "c_fc", part).weight.grad[part.shared:][:working(self.model, part)]
         learned = [torch.stack([grad(part).flatten(1).any(1) for part in kind]).float() for kind in routing.parts(self.model)]
         isolated = self.phase_a.config["cl"]["isolate"]
         return [1 - runs.over_ranks(kind, "max").mean().item() if isolated else 0.0 for kind in learned]
 
     def trouble(self) -> tuple[str, int] | None:
         """
-        What is wrong with the last losses, not finite, or far above their running median (and the first, while it is in memory); and for
-        how many steps.
+        What is wrong with the last losses, not finite, or far above their running median (and the first, while it is in memory); and how many
+        steps old the weights must be that are not under suspicion.
         """
         *before, last = self.losses
         if not math.isfinite(last):
-            return f"the loss is {last}", 1
+            return f"the loss is {last}", 0
         if len(before) >= EXPLOSION_STEPS:
             usual = min([statistics.median(before), *before[:len(self.losses) < MEMORY_STEPS]])  # the first is still Phase A's
             if min(self.losses[-EXPLOSION_STEPS:]) > usual + EXPLOSION_NATS:
@@ -204,7 +205,7 @@ class Learner:
         """
         if not self.sparse or not self.count:
             return None
-        each = [{"idle_share": idle / self.count, "entropy": plasticity.entropy(used[:, :self.working(kind[0])]),
+        each = [{"idle_share": idle / self.count, "entropy": plasticity.entropy(used[:, :working(self.model, kind[0])]),
                  "use": (used / used.sum(1, keepdim=True)).tolist()}
                 for idle, used, kind in zip(self.idle_sum, self.used, routing.parts(self.model))]
         constant, own = (self.covered / self.count).tolist()

@@ -127,7 +127,7 @@ class PhaseB:
         return (f"step {step} ({step * self.batch_tokens:,} tokens){what}; the batch is {len(rows)} rows from {rows[0]} to {rows[-1]}; "
                 f"last good checkpoint: {good}")
 
-    def give_up(self, learner: Learner, reason: str, bad: int = 1) -> None:
+    def give_up(self, learner: Learner, reason: str, bad: int = 0) -> None:
         self.saved()
         runs.write(files.write_json, self.folder / "stopped.json", {
             "arm": learner.name, "recipe": learner.recipe.name, "lr_mult": learner.recipe.lr_mult, "seed": self.args.seed,

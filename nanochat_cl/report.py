@@ -39,7 +39,7 @@ pre{background:#f5f7f8;padding:.7rem .9rem;font-size:.8rem;line-height:1.4;white
 ABSENT = "<p class=soft>Not measured.</p>"
 COSTS = ("params_total", "params_active", "flops_per_token", "phase_a_tokens", "phase_a_flops", "tokens", "unique_tokens", "flops",
          "tok_per_s", "train_s", "update_s", "data_s", "eval_s", "checkpoint_s", *machine.LOAD)
-HEAD = {"params_total": "parameters", "params_active": "active for a token", "flops_per_token": "FLOPs per token", "phase_a_tokens":
+HEAD = {"params_total": "params", "params_active": "active params", "flops_per_token": "FLOPs per token", "phase_a_tokens":
         "tokens, Phase A", "tokens": "Phase B", "train_s": "training, s"}
 RULES = {"gap": "starts below: d(0) < 0", "limit": f"ends above the best dense score, by {crossover.SMALLEST_BPB} bpb or more",
          "crossing": f"d > 0 to the end, its band above 0 at {crossover.CONSECUTIVE} milestones running and at the end; "

@@ -181,7 +181,7 @@ def test_an_explosion_is_three_steps_far_above_the_median_and_a_hard_batch_is_no
     assert arm.trouble() is None, "one easy batch of long ago"
     assert after() is None and after(9.0) is None and after(9.0, 9.0) is None and after(9.0, 9.0, 3.0) is None and after(5.9, 5.9, 5.9) is None
     assert "exploded to 9.00" in after(9.0, 9.5, 9.0)[0] and after(9.0, 9.5, 9.0)[1] == 3
-    assert after(math.inf) == ("the loss is inf", 1) and after(math.nan) == ("the loss is nan", 1)
+    assert after(math.inf) == ("the loss is inf", 0) and after(math.nan) == ("the loss is nan", 0)
 
 
 def test_what_was_saved_within_an_explosion_is_not_called_good(base, capsys, monkeypatch):
