@@ -195,8 +195,8 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
             machine.say(line)
         return None
     same_text(args, found, words, text)
-    kept = (sizes["max_tokens"] // sizes["milestone_tokens"]).bit_length() if args.keep_milestones else 0
-    states = runs.KEEP + 1 + kept - len(runs.saved_steps(folder))
+    branchable = (sizes["max_tokens"] // sizes["milestone_tokens"]).bit_length() if args.keep_milestones else 0
+    states = runs.KEEP + 1 + branchable - len(runs.saved_steps(folder))
     machine.check_disk(folder, 12 * states * sum(a.cost["params_total"] for a in found))  # fp32 weights and two moments, at most
 
     stream = Stream(place, vocabulary, sizes["schedule"], args.seed, batch_tokens // seq_len, seq_len, sizes["visit_tokens"],

@@ -169,6 +169,7 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     keys = dict.fromkeys(key for run in runs.values() for key in run)
     costs = [[key, *(quantity(run.get(key)) for run in runs.values())] for key in keys]
     texts = {s["prompt"]: [other for other in samples if other["prompt"] == s["prompt"]] for s in samples}
+    compared = [[c.labels[i], *(quantity(runs[c.names[i]][key]) for key in HEAD)] for i in shown]
     commands = [*(config["argv"] for config in configs),
                 ["python", "-m", "nanochat_cl.report", *result["runs"], *(["--arm", v["arm"]] if v else [])]]
     mine = [next((config for config in configs if config["run"] == run_of(c, i)), {}) for i in shown]
@@ -177,8 +178,7 @@ def page(c: curves.Curves, shown: list[int], result: dict, configs: list[dict], 
     less = [f"{c.labels[shown[-1]]} {figures.MINUS} {c.labels[shown[0]]}, end"] * bool(v)
     less += [f"{c.labels[i]}, end {figures.MINUS} start" for i in shown]
     body = [
-        *(verdict(v, table(["compared at the end", *HEAD.values()],
-                           [[c.labels[i], *(quantity(runs[c.names[i]][key]) for key in HEAD)] for i in shown])) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
+        *(verdict(v, table(["compared at the end", *HEAD.values()], compared)) if v else [f"<h1>{escape(c.names[shown[0]])}</h1><p>{result['sentence']}</p>"]),
         section("The curves", "<div class=axis>",
                 *(f"<input type=radio name=axis id={k}{' checked' * (k == 'tokens')}> <label for={k}>{k}</label>" for k in figures.AXES),
                 *(figure(figures.crossover, c, shown, v, k, part=k) for k in figures.AXES), "</div>"),
