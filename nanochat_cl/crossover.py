@@ -19,7 +19,7 @@ import numpy as np
 
 from nanochat_cl import files
 from nanochat_cl.command import UserError, run
-from nanochat_cl.curves import Curves, documents, load, paired, scores, stopped_trials
+from nanochat_cl.curves import Curves, documents, forgotten, load, paired, scores, stopped_trials
 from nanochat_cl.estimates import Estimate, over_documents, over_seeds, resample
 from nanochat_cl.seeds import seed_for
 from nanochat_cl.validity import MAX_EPOCHS, MIN_SEEDS, check, checks, independent, matched
@@ -45,11 +45,6 @@ def slope(x: np.ndarray) -> np.ndarray:
     m = x.shape[-1]
     t = np.arange(m // 2, m) - (m // 2 + m - 1) / 2
     return (x[..., m // 2:] @ t / max(t @ t, 1) * max(m - 1, 1))[..., None]
-
-
-def forgotten(general: np.ndarray) -> np.ndarray:
-    """What scores (..., M) have lost since the first milestone."""
-    return general[..., :1] - general
 
 
 def compare(dense_val, dense_test, dense_general, cl_val, cl_test, cl_general, eligible=True) -> dict[str, np.ndarray]:

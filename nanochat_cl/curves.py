@@ -71,6 +71,11 @@ def scores(nats: np.ndarray, size: np.ndarray, owner: np.ndarray, weights: np.nd
     return total
 
 
+def forgotten(scores: np.ndarray) -> np.ndarray:
+    """What scores (..., M) have lost since the first milestone."""
+    return scores[..., :1] - scores
+
+
 def labels(runs: list[tuple[str, str]]) -> list[str]:
     """Short names for pictures: the arm, and what of its recipe neither the arm's name says nor all others have."""
     said = [{*ARMS[arm].recipe} - {"lr_mult"} if arm in ARMS else set() for arm, _ in runs]

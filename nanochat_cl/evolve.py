@@ -150,7 +150,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
     from nanochat_cl import plasticity, tokenizer
     from nanochat_cl.exam import Exam
     from nanochat_cl.learner import Learner
-    from nanochat_cl.phase_b import ENDLESS, PhaseB, kept
+    from nanochat_cl.phase_b import ENDLESS, PhaseB
     from nanochat_cl.stream import Stream
     check(args)
     try:
@@ -190,9 +190,7 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
         runs.check_same(folder, files.read_json(folder / "config.json")["asked"], asked, "give its flags, or another --name")
     records = files.read_jsonl(folder / "records.jsonl") if (folder / "records.jsonl").is_file() else []
     if sum(record["final"] for record in records) == len(found):
-        machine.say(f"evolve | complete: {len(records)} records in {folder / 'records.jsonl'}; {what_next(args, folder)}")
-        for line in kept(args, records):
-            machine.say(line)
+        say_end(args, folder, records, "complete: ")
         return None
     same_text(args, found, words, text)
     branchable = (sizes["max_tokens"] // sizes["milestone_tokens"]).bit_length() if args.keep_milestones else 0
@@ -273,8 +271,15 @@ def what_next(args: argparse.Namespace, folder: Path) -> str:
     return "next: " + ", then ".join(f"python -m nanochat_cl.{reader} {folder}{other}" for reader in readers)
 
 
-def evolve(args: argparse.Namespace) -> None:
+def say_end(args: argparse.Namespace, folder: Path, records: list[dict], how: str = "") -> None:
+    """The last lines of a run, and all of one that was complete."""
     from nanochat_cl.phase_b import kept
+    for line in kept(args, records):
+        machine.say(line)
+    machine.say(f"evolve | {how}{len(records)} records in {folder / 'records.jsonl'}; {what_next(args, folder)}")
+
+
+def evolve(args: argparse.Namespace) -> None:
     run = None
     with patching.applied(), runs.together(lambda: run.where() if run else "the start"), ExitStack() as held:
         run = begin(args, held)
@@ -307,9 +312,7 @@ def evolve(args: argparse.Namespace) -> None:
                     run.saved()
                 raise
     machine.say(run.shares())
-    for line in kept(args, run.state["records"]):
-        machine.say(line)
-    machine.say(f"evolve | {len(run.state['records'])} records in {run.folder / 'records.jsonl'}; {what_next(args, run.folder)}")
+    say_end(args, run.folder, run.state["records"])
     if run.log:
         run.log.finish()
     if dist.is_initialized():

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from nanochat_cl.curves import Curves
+from nanochat_cl.curves import Curves, forgotten
 from nanochat_cl.validity import MIN_IDLE_SHARE
 
 NAMED = 6  # runs of which each has a name in the legend
@@ -97,7 +97,7 @@ def floor(c: Curves, shown: list[int]) -> Figure:
     fig = Figure(figsize=(7, 6))
     (text, nonce), (recall, facts) = fig.subplots(2, 2)
     tokens = [c.tokens / 1e6] * len(c.runs)
-    lines(text, c, shown, tokens, (c.general[..., :1] - c.general).mean(1))
+    lines(text, c, shown, tokens, forgotten(c.general).mean(1))
     text.set(title="general text", xlabel="tokens (millions)", ylabel="bits per byte lost, test\n(lower is better)")
     fig.legend(*text.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     if asked := [x for x in centred(c, "floor").values() if np.isfinite(x).all()]:  # at every milestone
@@ -126,7 +126,7 @@ def recipes(c: Curves, shown: list[int]) -> Figure:
     fig = Figure(figsize=(7, 3.6))
     pareto, sweep = fig.subplots(1, 2)
     part = [slice(None) if i in shown else slice(-1, None) for i in range(len(c.runs))]
-    bpb, lost = ([x[s] for x, s in zip(each.mean(1), part)] for each in (-c.test, c.general[..., :1] - c.general))
+    bpb, lost = ([x[s] for x, s in zip(each.mean(1), part)] for each in (-c.test, forgotten(c.general)))
     lines(pareto, c, shown, bpb, lost)
     points = sorted(zip(np.concatenate(bpb), np.concatenate(lost)))
     front = [p for k, p in enumerate(points) if p[1] < min((q[1] for q in points[:k]), default=np.inf)]

@@ -87,8 +87,7 @@ class PhaseB:
 
     def routed(self, learner: Learner) -> list[torch.Tensor]:
         """The blocks, and the heads where they are routed, that an arm chooses for some general text."""
-        text = self.exam.routed.to(learner.device)
-        return [routing.choices(learner.model, text, kind) for kind in range(len(routing.parts(learner.model)))]
+        return routing.choices(learner.model, self.exam.routed.to(learner.device))
 
     def train(self) -> None:
         """One step: the same batch for every arm, for each rank its rows."""

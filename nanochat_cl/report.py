@@ -98,7 +98,7 @@ def at_equal_score(c: curves.Curves, shown: list[int]) -> list[list[str]]:
         val, each = c.val[i].mean(0), [c.at[(*c.runs[i], s)] for s in c.seeds]
         asked = [m for m, r in enumerate(each[0]) if r.get("facts")]
         at, between = (metrics.reached(x, target) if len(x) else math.nan for x in (val, val[asked]))
-        values = [f"{np.interp(at, range(len(val)), x):.4f}" for x in (c.tokens / 1e6, (c.general[i, :, :1] - c.general[i]).mean(0))]
+        values = [f"{np.interp(at, range(len(val)), x):.4f}" for x in (c.tokens / 1e6, curves.forgotten(c.general[i]).mean(0))]
         both = [[rows[m] for m in asked] for rows in each]
         facts, probes = ([np.mean([metrics.forgotten(rows, between, group) for rows in both], 0) for group in ("facts", "floor")]
                          if between >= 0 else ([math.nan], [math.nan]))

@@ -273,12 +273,12 @@ def reset_usage(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def choices(model: torch.nn.Module, idx: Tensor, kind: int = 0) -> Tensor:
-    """(L, B, S, k) blocks (kind 0) or heads (1) that a forward of idx (B, T) uses, each chunk's in ascending order. Counts nothing."""
+def choices(model: torch.nn.Module, idx: Tensor) -> list[Tensor]:
+    """For each kind of part (L, B, S, k) blocks that a forward of idx (B, T) uses, each chunk's in ascending order. Counts nothing."""
     decide(model, idx)
-    found = torch.stack([part.decision.choice for part in parts(model)[kind]])
+    found = [torch.stack([part.decision.choice for part in kind]).sort(-1).values for kind in parts(model)]
     forget(model)
-    return found.sort(-1).values
+    return found
 
 
 def coverage(idx: Tensor, cl: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -240,10 +240,10 @@ def sweep(args: argparse.Namespace, base: Path, start: Callable[[Job, int], Any]
         earlier = [row for row in before["runs"] if row["status"] != "missing"]
     tried = [(row["seed"], row["lr_mult"]) for row in earlier]
     for path in sorted(folder.glob("*/config.json")):  # what ended after its sweep was killed is in no ledger
-        records = path.with_name("records.jsonl")
-        if path.with_name("stopped.json").is_file() or records.is_file() and any(r["final"] for r in files.read_jsonl(records)):
-            alone = files.read_json(path)["asked"]
-            tried.append((alone["seed"], alone["recipe"]["lr_mult"]))
+        begun = files.read_json(path)["asked"]
+        job = Job(path.parent.name, path.parent, (), tuple(begun["arms"]), begun["seed"], 0, Recipe(**begun["recipe"]))
+        if job.scores() or job.stopped_arm():
+            tried.append((job.seed, job.recipe.lr_mult))
     args.seeds = list(dict.fromkeys([*args.seeds, *(seed for seed, _ in tried)]))
     grid = sorted({*args.lrs, *(lr for _, lr in tried)})
     plan(args, base, [*phase_a(args, base), *phase_b(args, base, grid)])

@@ -232,7 +232,7 @@ def test_the_model_that_was_kept_routes_and_computes_as_the_one_that_was_scored_
 
     def found(model):
         with torch.no_grad():
-            return model.eval()(idx), routing.choices(model, idx) if hasattr(model.config, "cl") else torch.zeros(0)
+            return model.eval()(idx), routing.choices(model, idx)[0] if hasattr(model.config, "cl") else torch.zeros(0)
 
     def keeping(self, learner, records):
         keep(self, learner, records)

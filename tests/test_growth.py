@@ -77,7 +77,7 @@ def test_in_phase_a_the_reserve_serves_nobody_and_keeps_every_bit_with_decay(arm
     routers = [layer.mlp.router[:layer.mlp.routed][-held:].clone() for layer in model.transformer.h]
     losses = train(model, optimizer, 25)
     assert losses[-1] < losses[0] - 0.3
-    assert routing.choices(model, idx).max() < model.transformer.h[0].mlp.routed - held
+    assert routing.choices(model, idx)[0].max() < model.transformer.h[0].mlp.routed - held
     for layer, weights, router in zip(model.transformer.h, first, routers):
         mlp = layer.mlp
         assert torch.equal(mlp.router[:mlp.routed][-held:], router) and not mlp.balance[-held:].any() and not mlp.usage[-held:].any()
@@ -98,11 +98,11 @@ def test_a_release_changes_no_logit_and_displaces_nobody(release, newcomers):
     model.eval()
     idx, coming = tokens(3, 64, seed=9, bos_every=29), tokens(4, 64, seed=10)
     with torch.no_grad():
-        before, chosen = model(idx), routing.choices(model, idx)
+        before, chosen = model(idx), routing.choices(model, idx)[0]
         for milestone in range(3):
             growth.grow(model, release, newcomers, milestone, coming)
             count = HELD if release == "all" else 3 * (milestone + 1)
-            assert model.config.cl["released"] == count and (now := routing.choices(model, idx)).shape[-1] == ACTIVE + min(count, JOIN)
+            assert model.config.cl["released"] == count and (now := routing.choices(model, idx)[0]).shape[-1] == ACTIVE + min(count, JOIN)
             assert torch.equal(now[..., :ACTIVE], chosen), "an old block lost its place"
             assert (now[..., ACTIVE:] >= OLD).all() and (now[..., ACTIVE:] < OLD + count).all()
             torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=1e-5)
@@ -171,7 +171,7 @@ def test_of_passages_made_newcomers_each_layer_serves_its_own():
     picked = torch.linspace(0, len(features) - 1, HELD).round().long()
     for layer, mlp in enumerate(block.mlp for block in model.transformer.h):
         torch.testing.assert_close(mlp.router[OLD:OLD + HELD], features[picked] * (3 * routing.ROUTER_STD / 32 ** 0.5))
-        served = routing.choices(model, coming)[layer][:, 1:].flatten(0, 1)  # (rows x chunks, k)
+        served = routing.choices(model, coming)[0][layer][:, 1:].flatten(0, 1)  # (rows x chunks, k)
         assert all(((picked == passage).nonzero().flatten() + OLD).tolist()[0] in served[passage].tolist() for passage in range(len(features)))
 
 

@@ -14,7 +14,7 @@ def batch(step, rank):
 
 def seen(model, probe):
     """Counters, choices for a text that both ranks look at, and what balance is told."""
-    return {"token_count": model.token_count.clone(), "usage": routing.usage(model), "choices": routing.choices(model, probe),
+    return {"token_count": model.token_count.clone(), "usage": routing.usage(model), "choices": routing.choices(model, probe)[0],
             "balance": [torch.stack([part.balance.detach() for part in kind]) for kind in routing.parts(model)]}
 
 

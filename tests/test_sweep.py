@@ -387,10 +387,10 @@ def test_a_run_without_end_goes_on_until_it_is_told_to_stop_and_cools_down_in_br
 def test_a_run_that_ended_after_its_sweep_was_killed_is_a_trial_as_well(tmp_path):
     args = sweep.parse([*TOY, "--lrs", "0.1,1", "--seeds", "1"])
     for job in sweep.phase_b(args, tmp_path, [9.0]):
-        files.write_json(job.folder / "config.json", {"asked": {"seed": 7, "recipe": {"lr_mult": 9.0}}})
+        files.write_json(job.folder / "config.json", {"asked": {"arms": job.arms, "seed": 7, "recipe": {"lr_mult": 9.0}}})
         files.write_jsonl(job.folder / "records.jsonl", [{"arm": a, "final": True, "domain": {"val": {"bpb": 1.0}}, "tok_per_s": 0.0} for a in job.arms])
     began = tmp_path / "evolve" / args.name / "began"
-    files.write_json(began / "config.json", {"asked": {"seed": 8, "recipe": {"lr_mult": 5.0}}})
+    files.write_json(began / "config.json", {"asked": {"arms": ["dense"], "seed": 8, "recipe": {"lr_mult": 5.0}}})
     made = sweep.sweep(args, tmp_path, lambda job, slot: ends_with(job, lambda a, job: 1.0))
     assert {0.1, 1.0, 9.0} <= {*made["grid"]} and 5.0 not in made["grid"] and {row["seed"] for row in made["runs"]} == {1, 7}
 
