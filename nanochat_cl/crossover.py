@@ -12,12 +12,13 @@ nanochat_cl/estimates.py: over seeds, the documents held fixed; with one seed ov
 """
 # R recipes or runs, S seeds, M milestones, B resamples
 import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from nanochat_cl import files
+from nanochat_cl import files, upstream
 from nanochat_cl.command import UserError, run
 from nanochat_cl.curves import Curves, documents, forgotten, load, paired, scores, stopped_trials
 from nanochat_cl.estimates import Estimate, over_documents, over_seeds, resample
@@ -25,6 +26,7 @@ from nanochat_cl.seeds import seed_for
 from nanochat_cl.validity import MAX_EPOCHS, MIN_SEEDS, check, checks, independent, matched
 
 SMALLEST_BPB, FLOOR_BPB = 0.005, 0.002  # smallest effect of interest on the domain; how much more of the floor than dense may be lost
+SIMULATIONS = "runs/results/simulations.md"
 CONSECUTIVE = 3                         # milestones with the lower band above 0
 PARTS = {"gap": "initial gap", "crossing": "crossing", "limit": "beyond the dense limit", "floor": "floor kept"}
 # What is missing where one of these checks (nanochat_cl/validity.py) did not pass:
@@ -236,6 +238,12 @@ def certify(run_dirs: list[str], arm: str = "cl") -> dict:
     return out
 
 
+def power() -> str:
+    """The rows of the committed simulations that say how often a true crossing is found, per number of seeds and their spread."""
+    rows = r"^(?:## Seed-to-seed.*|\| true state \| how often.*|\| (?:true|late) crossing.*\| SUPPORTED .*)$"
+    return "\n".join(re.findall(rows, (upstream.REPO / SIMULATIONS).read_text(), re.MULTILINE))
+
+
 def parse(argv: list[str] | None = None, module: str = "nanochat_cl.crossover", doc: str = __doc__) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.strip().splitlines()[0])
     p.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories with records.jsonl; several are pooled (seeds, recipes)")
@@ -248,8 +256,9 @@ def main(argv: list[str] | None = None) -> None:
     v = certify(args.run_dirs, args.arm)
     print("\n".join(f"{part['name']:<32}{part['state']:<12}{interval(part)} bpb" for part in v["parts"].values()))
     print("\n".join(f"{name:<32}{check['state']:<12}{check['found']}" for name, check in v["checks"].items()))
-    print(f"{v['sentence']}\nhow often that errs, and finds what is there, with {len(v['seeds'])} seed(s): runs/results/simulations.md\n"
-          f"wrote {Path(args.run_dirs[0]) / 'crossover.json'}; next: python -m nanochat_cl.report {' '.join(args.run_dirs)}")
+    print(f"power, by simulation, and what it errs by: {SIMULATIONS}\n{power()}")
+    other = f" --arm {args.arm}" * (args.arm != "cl")
+    print(f"{v['sentence']}\nwrote {Path(args.run_dirs[0]) / 'crossover.json'}; next: python -m nanochat_cl.report {' '.join(args.run_dirs)}{other}")
 
 
 if __name__ == "__main__":

@@ -266,6 +266,8 @@ def test_runs_are_pooled_over_seeds_and_the_certificate_is_plain_json(tmp_path, 
     said = capsys.readouterr().out
     v = json.loads((tmp_path / "1" / "crossover.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert v["seeds"] == [1, 2, 3] and v["sentence"] in said and len(v["inputs"]) == 3
+    assert said.count("| true crossing, +0.01 at the end | SUPPORTED |") == 2 and "10 seeds |" in said, "the power table is printed"
+    assert "--arm" not in said
     assert v == crossover.certify(folders) == files.read_json(tmp_path / "1" / "crossover.json")
 
 

@@ -1,4 +1,4 @@
-"""The model of depth 4, at its own width, for 50 steps: the same bits again in another process, from the checkpoint of step 30."""
+"""The model of depth 4, as wide as the CPU profile has it, for 50 steps: the same bits again in another process, from the checkpoint of step 30."""
 import os
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from nanochat_cl.upstream import tree
 
 STEPS, STOP = 50, 30
-FLAGS = ["--device-type=cpu", "--depth=4", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=64",
+FLAGS = ["--device-type=cpu", "--depth=4", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=64",
          f"--num-iterations={STEPS}", "--warmup-steps=10", "--eval-every=-1", "--core-metric-every=-1",
          "--sample-every=-1", f"--save-every={STOP}"]
 
