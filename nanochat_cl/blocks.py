@@ -105,6 +105,11 @@ def masked(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision) -> Tensor:
     return hidden.flatten(-2) @ proj.flatten(0, 1)
 
 
+def not_before(grad: Tensor, choice: Tensor) -> Tensor:
+    """`choice`, but computed from the gradient, if only by adding 0: so no compiler copies blocks by it in the forward and keeps them."""
+    return choice + grad.flatten()[:1].isnan().long().clamp(max=0)
+
+
 class Chosen(torch.autograd.Function):
     """
     x of M chunks by the blocks of weight (R, b, n) that choice (M, k) names: up, (M, t, n) -> (M, t, k*b), or down. The gradient of the
@@ -121,8 +126,8 @@ class Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, choice = ctx.saved_tensors
-        if grad.device.type in COPY_AGAIN:  # what needs the gradient, if only for a 0, no compiler computes beforehand and keeps
-            choice = choice + grad.flatten()[:1].isnan().long().clamp(max=0)
+        if grad.device.type in COPY_AGAIN:
+            choice = not_before(grad, choice)
         own = weight[choice].flatten(1, 2)
         change = grad.mT @ x if ctx.up else x.mT @ grad                             # (M, k*b, n)
         one_hot = (choice.flatten()[:, None] == torch.arange(len(weight), device=grad.device)).to(grad.dtype)   # (M*k, R)
@@ -132,9 +137,11 @@ class Chosen(torch.autograd.Function):
 def bmm(x: Tensor, fc: Tensor, proj: Tensor, decision: Decision, short: int = 0) -> Tensor:
     """Copy each chunk's blocks together and multiply in batches, one per run of chunks of equal length; those below `short` are masked."""
     out, chunk, position = [], 0, 0
-    for length, run in groupby([0 if length < short else length for length in decision.lengths]):
-        lengths = decision.lengths[chunk:chunk + len(list(run))]
-        at, here = slice(chunk, chunk + len(lengths)), x[:, position:position + sum(lengths)]
+    alike = [length if length >= short else 0 for length in decision.lengths]                         # 0: masked
+    for length, run in groupby(alike):
+        at = slice(chunk, chunk + len(list(run)))
+        lengths = decision.lengths[at]
+        here = x[:, position:position + sum(lengths)]
         choice, gate = decision.choice[:, at], decision.gate[:, at]
         if length:
             choice, gate = choice.flatten(0, 1), gate.flatten(0, 1).to(x.dtype)[:, None, :, None]     # (M, k), (M, 1, k, 1)

@@ -82,12 +82,10 @@ class Learner:
         if audit and world_size > 1:
             raise UserError(f"--audit looks at whole gradients, and a rank has its share of them: expected one rank, got {world_size}")
         with torch.device("meta"):
-            self.model, before = (gpt.GPT(gpt.GPTConfig(**config)) for config in (phase_a.config, meta["model_config"]))
-        # Windows as long as the context grow with it, short ones stay as they were.
-        whole = (meta["model_config"]["sequence_len"], phase_a.config["sequence_len"])
-        self.model.window_sizes = [new if (old[0], new[0]) == whole else old
-                                   for old, new in zip(before.window_sizes, self.model.window_sizes)]
-        self.model.config.trained_len = whole[0]  # for accounting
+            self.model = gpt.GPT(gpt.GPTConfig(**phase_a.config))
+        self.model.config.trained_len = meta["model_config"]["sequence_len"]  # for accounting
+        if phase_a.seq_len not in (0, self.model.config.trained_len):  # whole windows are of the new context, short ones stay as they were
+            self.model.window_sizes = [(width, 0) for width in accounting.windows(self.model.config)]
         self.model.to_empty(device=device)
         self.model.init_weights()
         try:
@@ -192,7 +190,9 @@ class Learner:
         if not math.isfinite(last):
             return f"the loss is {last}", 0
         if len(before) >= EXPLOSION_STEPS:
-            usual = min([statistics.median(before), *before[:len(self.losses) < MEMORY_STEPS]])  # the first is still Phase A's
+            usual = statistics.median(before)
+            if len(self.losses) < MEMORY_STEPS:  # the first is still in memory, and Phase A's
+                usual = min(usual, before[0])
             if min(self.losses[-EXPLOSION_STEPS:]) > usual + EXPLOSION_NATS:
                 return (f"the loss exploded to {last:.2f}: {EXPLOSION_STEPS} steps more than {EXPLOSION_NATS} nats above the usual {usual:.2f}",
                         EXPLOSION_STEPS)

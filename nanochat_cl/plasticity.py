@@ -72,8 +72,9 @@ def slow(model: torch.nn.Module, optimizer: torch.optim.Optimizer, factors: dict
         first = group["params"][0]
         part = part_of.get(id(first), "scalars")
         factor = factors.get(part, 1.0)
-        if "isolate" in group:  # key/value heads are fewer than heads: one is shared when a head of its group is
-            shared = h[0].mlp.shared if part == "blocks" else math.ceil(config.cl["shared_heads"] * len(first) / config.n_head)
+        if "isolate" in group:  # of a stack of blocks or heads the first ones are shared
+            heads_each = config.n_head // len(first)  # more than 1 for keys and values: shared is what any shared head uses
+            shared = h[0].mlp.shared if part == "blocks" else math.ceil(config.cl["shared_heads"] / heads_each)
             before = group.get("block_scale") or [1.0] * len(first)
             group["block_scale"] = [s * (factor if g < shared else 1.0) for g, s in enumerate(before)]
         elif not group.get("routing") and part != "blocks":

@@ -161,6 +161,28 @@ def traced_sum(counts: Tensor) -> Tensor:
     return all_reduce(counts, "sum", dist.group.WORLD) if dist.is_initialized() else counts
 
 
+def count_tokens(model: torch.nn.Module, idx: Tensor) -> None:
+    """Add the tokens of idx (B, T), and those of the other ranks, to the counts that `common` weighs embeddings by."""
+    ones = torch.ones_like(idx.flatten(), dtype=torch.float32)
+    seen = torch.zeros_like(model.token_count).index_add(0, idx.flatten(), ones)  # whole numbers: the same in any order of adding
+    model.token_count.mul_(MEMORY).add_(traced_sum(seen))
+
+
+def count_use(kind: list[Routed], gate: Tensor, used: Tensor, tokens: int, over_ranks: bool) -> Tensor:
+    """
+    Add the tokens that each block served, used (L, R) out of `tokens`, to the parts' counters, and return the gate (L, B, S, k) whose
+    backward tells the optimizer how far a block's share of them is from an equal one.
+    """
+    if over_ranks:
+        used, tokens = traced_sum(used), tokens * (dist.get_world_size() if dist.is_initialized() else 1)
+    with torch.no_grad():
+        for part, served in zip(kind, used):
+            part.usage.add_(served)
+    old = kind[0].routed - kind[0].held
+    excess = F.pad(used[:, :old] / tokens - kind[0].active / old, (0, kind[0].held))
+    return Nudge.apply(gate, torch.stack([part.balance for part in kind]), excess)
+
+
 def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: bool = False) -> "State | None":
     """
     Choose blocks and heads of every layer for idx (B, T) and leave the decision with each part. With a cache, idx continues what the
@@ -172,46 +194,38 @@ def decide(model: torch.nn.Module, idx: Tensor, kv_cache: Any = None, learning: 
     state = getattr(kv_cache, "routing", None) if position else None
     if position and state is None:
         raise RuntimeError("the KV cache holds tokens but no routing state: build it after the patches are applied")
-    starts = [start - position for start in boundaries(position + T, cl["chunk"]) if start >= position]
+    starts = [start - position for start in boundaries(position + T, cl["chunk"]) if start >= position]  # of the chunks that begin in idx
     lengths = tuple(b - a for a, b in zip(starts, [*starts[1:], T]))
     frozen = getattr(model, "routing_embedding", None)
     table = model.transformer.wte.weight if frozen is None else frozen
     # As counted before this batch, which must not take part in its own routing. It costs V x n, so not where no chunk starts.
     everywhere = common(model.token_count, table) if starts else None
-    counting = learning and frozen is None
-    if counting:
-        ones = torch.ones_like(idx.flatten(), dtype=torch.float32)
-        seen = torch.zeros_like(model.token_count).index_add(0, idx.flatten(), ones)  # whole numbers: the same in any order of adding
-        model.token_count.mul_(MEMORY).add_(traced_sum(seen))
+    if counting := learning and frozen is None:
+        count_tokens(model, idx)
 
+    # Sums over the tokens in reach of each chunk, and with a cache of the chunk that comes next: (B, S, n), and how many, (B, S, 1).
     weights, carried = reach_weights(idx, starts if kv_cache is None else [*starts, T], cl)
-    total, weight = weights @ features(table, idx), weights.sum(-1, keepdim=True)  # (B, S, n), (B, S, 1); the last for the cache
+    total, weight = weights @ features(table, idx), weights.sum(-1, keepdim=True)
     if state is not None:
         total, weight = total + carried * state.total[:, None], weight + carried * state.weight[:, None]
-    made: list[tuple[Tensor, Tensor]] = []
+
+    made: list[tuple[Tensor, Tensor]] = []                                         # for each kind, choice and gate (L, B, S, k)
     if starts:
         constant = features(table, cl["bos"])
         pooled = centred(total[:, :len(starts)], weight[:, :len(starts)], constant, everywhere)
         for kind in kinds:
             choice, gate, used = choose(kind, pooled, lengths)
-            if learning:
-                used = traced_sum(used) if counting else used
-                with torch.no_grad():
-                    for part, tokens in zip(kind, used):
-                        part.usage.add_(tokens)
-                served = idx.numel() * (dist.get_world_size() if counting and dist.is_initialized() else 1)
-                old = kind[0].routed - kind[0].held
-                excess = F.pad(used[:, :old] / served - kind[0].active / old, (0, kind[0].held))
-                gate = Nudge.apply(gate, torch.stack([part.balance for part in kind]), excess)
-            made.append((choice, gate))
-    if not starts or starts[0] > 0:                                                # the chunk in progress goes on
-        lengths, before = ((starts or [T])[0], *lengths), [tuple(t[:, :, None] for t in held) for held in state.chosen]
-        made = [tuple(torch.cat(pair, dim=2) for pair in zip(held, new)) for held, new in zip(before, made)] if made else before
+            made.append((choice, count_use(kind, gate, used, idx.numel(), counting) if learning else gate))
+    if not starts or starts[0] > 0:                                                # idx begins within a chunk, which keeps its blocks
+        lengths = ((starts or [T])[0], *lengths)
+        kept = [tuple(t[:, :, None] for t in pair) for pair in state.chosen]
+        made = [tuple(torch.cat(pair, dim=2) for pair in zip(old, new)) for old, new in zip(kept, made)] if made else kept
+
     for kind, (choice, gate) in zip(kinds, made):
         for layer, part in enumerate(kind):
             part.decision = Decision(choice[layer], gate[layer], lengths)
-    ends = tuple((choice[:, :, -1], gate[:, :, -1]) for choice, gate in made)
-    return None if kv_cache is None else State(total[:, -1], weight[:, -1], ends)
+    last = tuple((choice[:, :, -1], gate[:, :, -1]) for choice, gate in made)
+    return None if kv_cache is None else State(total[:, -1], weight[:, -1], last)
 
 
 def forget(model: torch.nn.Module) -> None:

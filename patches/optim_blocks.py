@@ -23,14 +23,18 @@ def block_step(kernel, group):
         factor = torch.tensor(group.get("block_scale") or [1.0], device=params.device).expand(params.shape[:2])     # (K, G)
         if group["isolate"]:
             factor = factor * grads.flatten(-2).any(-1)
-        idle = factor == 0
-        still, slowed = idle.nonzero(as_tuple=True), ((factor != 1) & ~idle).nonzero(as_tuple=True)
-        kept, before = [t[still] for t in (params, momentum, second)], params[slowed]
+        idle = (factor == 0).nonzero(as_tuple=True)
+        slowed = ((factor != 0) & (factor != 1)).nonzero(as_tuple=True)
+        idle_before, slowed_before = [t[idle] for t in (params, momentum, second)], params[slowed]
+
+        # All blocks take the step, each as a matrix of its own, ..
+        stacks = (t.view(-1, *t.shape[2:]) for t in (grads, params, momentum, second))
         lr = torch.full_like(lr_t, group["lr"])  # upstream's own factor for tall matrices doesn't apply, see gpt_optimizer
-        kernel(*(t.view(-1, *t.shape[2:]) for t in (grads, params, momentum, second)), momentum_t, lr, wd_t * group["decay"], beta2_t, ns_steps, -1)
-        params[slowed] = before.lerp(params[slowed], factor[slowed].to(params.dtype)[:, None, None])
-        for now, old in zip((params, momentum, second), kept):
-            now[still] = old
+        kernel(*stacks, momentum_t, lr, wd_t * group["decay"], beta2_t, ns_steps, -1)
+        # .. those with a factor go only so much of it, and the idle ones are put back.
+        params[slowed] = slowed_before.lerp(params[slowed], factor[slowed].to(params.dtype)[:, None, None])
+        for now, before in zip((params, momentum, second), idle_before):
+            now[idle] = before
     return step
 
 
