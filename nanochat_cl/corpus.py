@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -66,11 +66,14 @@ def build(args: argparse.Namespace) -> None:
     if state is None and any(data_dir.glob("*.parquet")):
         raise UserError(f"{data_dir} holds shards that are not ours; move them away, or use another NANOCHAT_BASE_DIR")
     print(f"corpus | {args.source} -> {data_dir}", flush=True)
-    embedded = sources.extract(sources.prose, sources.modules(args.packages), args.workers) if args.source == "embedded" else None
-    read = lambda *more: iter(embedded) if embedded is not None else sources.read(NAMED.get(args.source, args.source), *more)
+    if args.source == "embedded":
+        embedded = sources.extract(sources.prose, sources.modules(args.packages), args.workers)
+        read = lambda skipped, place: iter(embedded)
+    else:
+        read = lambda skipped, place: sources.read(NAMED.get(args.source, args.source), skipped, None, place)
     skipped = {}
     if state is None:
-        for c, documents in held_out(read(skipped), HELD_OUT_BYTES, skipped, args.workers).items():
+        for c, documents in held_out(read(skipped, None), HELD_OUT_BYTES, skipped, args.workers).items():
             write_parquet(general / f"{c}.parquet", [d._replace(subdomain="general") for d in documents])
     held, shard = {c: read_parquet(general / f"{c}.parquet") for c in HELD_OUT}, "shard_{:05d}.parquet".format
     state = state or {**asked, "read": 0, "place": {}, "shards": 0, "bytes": 0, "skipped": {}, "dropped": {"near_general": 0, "exact": 0},
@@ -78,10 +81,7 @@ def build(args: argparse.Namespace) -> None:
                       "documents": {"train": 0, **{c: len(held[c]) for c in held}}}
     overlap = Overlap({"near_general": [d.text for c in HELD_OUT for d in held[c]]}, args.workers)
     seen = {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
-    skip = 0 if state["place"] else state["read"]  # a hub goes on where it was; all else is near, and read again from the start,
-    if not state["place"]:
-        state["skipped"] = {}                      # where what it lacks is counted again
-    source = islice(read(state["skipped"], None, state["place"]), skip, None)
+    source = unread(read, state)
     files.write_json(data_dir / partial, state)
     while state["bytes"] < (args.tokens or float("inf")) * BYTES_PER_TOKEN and (block := list(islice(source, args.docs_per_shard))):
         kept = [d for d, _ in screened(block, overlap, seen, state["dropped"])]
@@ -100,6 +100,14 @@ def build(args: argparse.Namespace) -> None:
     (data_dir / partial).unlink()
     print(f"corpus | {state['documents']} documents, {state['bytes'] / 1e6:,.1f} MB to train on in {state['shards']} shards; "
           f"dropped {state['dropped']}; skipped: {state['skipped']}; next: python -m nanochat_cl.domain --profile {args.profile}")
+
+
+def unread(read: Callable[[dict, dict], Iterator[Document]], state: dict) -> Iterator[Document]:
+    """What read(skipped, place) has beyond the documents that a build has read. `place` and `skipped` of its state move on with it."""
+    if state["place"]:  # a hub goes on where it was
+        return read(state["skipped"], state["place"])
+    state["skipped"] = {}  # all else is near: it is read again from the start, and what it lacks is counted again
+    return islice(read(state["skipped"], state["place"]), state["read"], None)
 
 
 def manifest(folder: Path, asked: dict, name: str = "corpus.json") -> dict | None:

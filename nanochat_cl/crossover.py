@@ -112,26 +112,30 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     A limit that is none cannot be passed, a dense arm with fewer trials or no best rate cannot be crossed, one not isolated cannot lose, one
     seed proves nothing. Who is ahead needs no better rate.
     """
-    state, missing = {name: int(parts[name]) for name in PARTS}, set(failed)
+    missing = set(failed)
     if parts["ahead"]:
         missing.discard("interior optimum of Model-CL")
     sound = not missing and seeds >= MIN_SEEDS
-    still_open = {name for name, value in state.items() if value == 0} - ({"crossing"} if parts["ahead"] else set())
+    still_open = {name for name in PARTS if parts[name] == 0} - ({"crossing"} if parts["ahead"] else set())
     if seeds < MIN_SEEDS or (still_open and not parts["rising"]):
         missing.add("seeds")
-    state |= {name: min(state[name], 0) for name in barred(missing)}
+
+    shut = barred(missing)
+    state = {name: min(int(parts[name]), 0) if name in shut else int(parts[name]) for name in PARTS}
     if parts["rising"] and state["crossing"] < 1:
         missing.add("tokens")
     holds = [PARTS[name] for name in PARTS if state[name] > 0 and seeds > 1]
 
-    word = "INCONCLUSIVE"
-    if parts["crossing"] < 0 or (parts["crossing"] == 0 and state["limit"] < 0):   # not where a crossing is there, but barred
-        if seeds >= MIN_SEEDS and not missing & REFUSAL_NEEDS:
-            word = "NOT SUPPORTED"
-    elif parts["ahead"] and state["gap"] < 0 and state["limit"] > 0 and state["floor"] > 0 and sound:
+    behind = parts["crossing"] < 0 or (parts["crossing"] == 0 and state["limit"] < 0)   # not where a crossing is there, but barred
+    above = parts["ahead"] and state["gap"] < 0 and state["limit"] > 0 and state["floor"] > 0
+    if behind:
+        word = "NOT SUPPORTED" if seeds >= MIN_SEEDS and not missing & REFUSAL_NEEDS else "INCONCLUSIVE"
+    elif above and sound:
         word = "DOMINATES"
     elif state["crossing"] > 0 and seeds > 1:
         word = "SUPPORTED" if sound and len(holds) == len(PARTS) else "PARTLY"
+    else:
+        word = "INCONCLUSIVE"
     return word, holds, sorted(missing)
 
 

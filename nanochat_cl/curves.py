@@ -77,11 +77,16 @@ def forgotten(scores: np.ndarray) -> np.ndarray:
 
 
 def labels(runs: list[tuple[str, str]]) -> list[str]:
-    """Short names for pictures: the arm, and what of its recipe neither the arm's name says nor all others have."""
-    said = [{*ARMS[arm].recipe} - {"lr_mult"} if arm in ARMS else set() for arm, _ in runs]
-    parts = [[part for part in recipe.split(",") if part.partition("=")[0] not in own] for (_, recipe), own in zip(runs, said)]
-    common = lambda part: all(part in other or part.partition("=")[0] in own for other, own in zip(parts, said))
-    return ["/".join(filter(None, (arm, ",".join(part for part in mine if not common(part))))) for (arm, _), mine in zip(runs, parts)]
+    """
+    Short names for pictures: the arm, and what of its recipe neither the arm's name says nor all others have. Of dense and dense-replay-5
+    at two rates each, all cooled down: dense/lr_mult=0.3, dense, dense-replay-5/lr_mult=0.3, dense-replay-5.
+    """
+    option = lambda part: part.partition("=")[0]
+    own = [{*ARMS[arm].recipe} - {"lr_mult"} if arm in ARMS else set() for arm, _ in runs]
+    parts = [[part for part in recipe.split(",") if option(part) not in mine] for (_, recipe), mine in zip(runs, own)]
+    shared = {part for mine in parts for part in mine if all(part in other or option(part) in theirs for other, theirs in zip(parts, own))}
+    distinct = [",".join(part for part in mine if part not in shared) for mine in parts]
+    return [f"{arm}/{what}" if what else arm for (arm, _), what in zip(runs, distinct)]
 
 
 @dataclass(frozen=True)

@@ -240,13 +240,14 @@ def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dic
     config, free = files.read_json(trunk / "config.json"), {"lr_schedule": None, "cooldown_frac": None}
     without = lambda asked: {**asked, "max_tokens": None, "floor_guard": None, "recipe": asked["recipe"] | free}
     runs.check_same(trunk, without(config["asked"]), without(asked), "a branch differs in --lr-schedule, --cooldown-frac and --max-tokens")
-    recipe, theirs = run.args.recipe, Recipe(**config["asked"]["recipe"])
-    same = [multiplier(s, run.steps, recipe) == multiplier(s, config["steps"], theirs) for s in range(min(run.steps, config["steps"]))]
+    recipe, theirs, both = run.args.recipe, Recipe(**config["asked"]["recipe"]), min(run.steps, config["steps"])
+    agree = next((s for s in range(both) if multiplier(s, run.steps, recipe) != multiplier(s, config["steps"], theirs)), both)
     marks = Milestones(config["steps"], run.batch_tokens, config["asked"]["milestone_tokens"])
-    state = runs.load_state(trunk, device, lambda step: step < run.steps and marks.number(run.steps) is not None and all(same[:step]))
+    ends_with_a_score = marks.number(run.steps) is not None
+    state = runs.load_state(trunk, device, lambda step: ends_with_a_score and step <= agree and step < run.steps)
     if state is None:
         raise UserError(f"{trunk} holds no state to branch from: its states are at steps {runs.saved_steps(trunk)}, the rates agree up to step "
-                        f"{(same + [False]).index(False)}, and the end, step {run.steps}, must be one of its milestones")
+                        f"{agree}, and the end, step {run.steps}, must be one of its milestones")
     for learner in run.learners:  # the passages asked for depend on the end
         state["arms"][learner.name]["before"] = recall.nats_and_bytes(learner.model, run.passages, run.exam.token_bytes).tolist()
     names = {learner.name: learner.recipe.name for learner in run.learners}

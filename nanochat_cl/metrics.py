@@ -161,8 +161,8 @@ def continual(rows: list[dict], split: str) -> dict[str, float]:
     left = next((t for t in range(begun[-1] + 1, len(rows)) if rows[t].get("subdomain") != order[-1]), len(rows))
     ends = [max(begin, after - 1) for begin, after in zip(begun, [*begun[1:], left])]
     depth, width = stability_gap(np.array([r["tokens"] for r in rows]), A.mean(1))
-    R = A[ends + [len(rows) - 1] * (left < len(rows))]
-    return {**after_visits(R, A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
+    visits = [*ends, len(rows) - 1] if left < len(rows) else ends  # where the last one was left, the end of the run is one row more
+    return {**after_visits(A[visits], A[0]), **over_milestones(A, ends), "gap_depth_bpb": depth, "gap_width_tokens": width}
 
 
 def light_share(records: list[dict]) -> float:

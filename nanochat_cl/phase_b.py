@@ -187,13 +187,17 @@ class PhaseB:
             learner.before = recall.nats_and_bytes(learner.model, self.passages, self.exam.token_bytes).tolist()
         begun = next((r for r in self.state["records"] if r["arm"] == learner.name), scores)["domain"]["val"]["subdomains"]
         gained = {name: begun[name]["bpb"] - now["bpb"] for name, now in scores["domain"]["val"]["subdomains"].items()}
-        recalled, blocks = recall.score(learner.model, self.passages, learner.before, tokens, gained, self.exam.token_bytes), learner.blocks()
+        recalled = recall.score(learner.model, self.passages, learner.before, tokens, gained, self.exam.token_bytes)
+        blocks = learner.blocks()
         if blocks:
-            for kind, *pair in zip((blocks, blocks["heads"]), self.choices[learner.name], self.routed(learner)):
-                kind["agreement"] = plasticity.agreement(*pair)
+            agreed = [plasticity.agreement(*pair) for pair in zip(self.choices[learner.name], self.routed(learner))]
+            blocks["agreement"] = agreed[0]
+            if blocks["heads"]:
+                blocks["heads"]["agreement"] = agreed[1]
         if full:
             scores["plasticity"]["drift"], unmoved = learner.drift()
-            blocks = blocks and blocks | {"unmoved": unmoved}
+            if blocks:
+                blocks["unmoved"] = unmoved
         learner.eval_s += time.perf_counter() - start
         train_s, count = learner.train_s - learner.begun_s, learner.count
         tok_per_s = count * self.batch_tokens / train_s if train_s else 0.0

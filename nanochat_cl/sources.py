@@ -167,8 +167,12 @@ def questions(entry: dict) -> Iterator[dict]:
     for name, _, row in _hub_rows(dataset, config, entry["question"], {entry["answer"]}, None, {}, entry.get("split", "train")):
         try:
             named = entry.get("choices")
-            options = (field(row, named) if isinstance(named, str) else {i: row[column] for i, column in enumerate(named)} if named else
-                       {text: text for text in entry["answers"]})
+            if isinstance(named, str):
+                options = field(row, named)
+            elif named:
+                options = {i: row[column] for i, column in enumerate(named)}
+            else:
+                options = {text: text for text in entry["answers"]}
             yield {**{part: field(row, entry[part]) for part in ("context", "question") if part in entry},
                    "choices": list(options.values()), "answer": list(options).index(row[entry["answer"]])}
         except (KeyError, TypeError, ValueError, AttributeError) as e:

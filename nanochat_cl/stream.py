@@ -108,7 +108,8 @@ class Stream:
         self._counts = np.array([len(self._tokens[name]) // seq_len for name in self.subdomains])  # rows
         self.total_tokens = seq_len * int(self._counts.sum())  # of an epoch
         self._visit = max(1, round(visit_tokens / (seq_len * rows))) * max(1, round(rows * (1 - replay)))
-        have = rows * seq_len * (bisect_right(range(2**40), self.total_tokens // seq_len, key=self._domain_rows) - 1)  # in whole batches
+        batches = bisect_right(range(2**40), self._counts.sum(), key=self._domain_rows) - 1  # the most that need no more rows than there are
+        have = batches * rows * seq_len
         if max_tokens > have and not repeat:
             raise command.UserError(f"the stream holds {have:,} tokens but --max-tokens asks for {max_tokens:,}; "
                                     f"add documents or pass --repeat")

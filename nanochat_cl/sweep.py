@@ -81,7 +81,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.seeds, args.recipes = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(recipe.name for recipe in recipes))
     args.batch_tokens, args.tag = theirs.batch_tokens, theirs.tag
     args.sizes, args.size = theirs.sizes, ["--profile", args.profile, *(["--depth", str(theirs.depth)] if theirs.depth else [])]
-    if (replace(theirs.recipe, **dict.fromkeys(everywhere, 0)), theirs.seed, theirs.name, theirs.arms) != (Recipe(), 42, None, ["dense", "cl"]):
+    usual = evolve.parse(["--profile", args.profile])
+    if replace(theirs.recipe, **dict.fromkeys(everywhere, 0)) != usual.recipe or any(
+            getattr(theirs, name) != getattr(usual, name) for name in ("seed", "name", "arms")):
         raise UserError("a sweep names its runs and recipes itself: expected --recipes OPTION=VALUE,..., --lrs, --seeds and --arms")
     tried = {(a.startswith("dense"), trial((a, of_arm(recipe, arms.named(a).recipe).name))) for a in args.arms for recipe in recipes}
     if not args.explore and 2 * (dense := sum(is_dense for is_dense, _ in tried)) < len(tried):
@@ -92,8 +94,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.explore and (uneven or len({recipe.max_seq_len for recipe in recipes}) > 1):
         raise UserError("what is compared is scored after the same tokens, on documents cut alike: expected recipes of one max_seq_len, and "
                         "--milestone-tokens and --max-tokens that each total_batch_size divides; or say --explore")
-    if min(args.jobs, args.nproc, len(set(args.lrs)) - (not args.explore)) < 1 or min(args.lrs) <= 0 or args.jobs > 1 < args.nproc:
-        raise UserError("expected positive --lrs, two at least without --explore, and only one of --jobs and --nproc above 1")
+    if min(args.lrs) <= 0 or len(set(args.lrs)) < (1 if args.explore else 2):
+        raise UserError(f"expected positive --lrs, two at least without --explore, got {', '.join(f'{lr:g}' for lr in args.lrs)}")
+    if min(args.jobs, args.nproc) < 1 or (args.jobs > 1 and args.nproc > 1):
+        raise UserError(f"--jobs runs at once or --nproc processes of each: expected 1 or more, and one of them 1, got {args.jobs} and {args.nproc}")
     if any(read(label).lr_mult != 1 for label in args.recipes):
         raise UserError("learning rates are given by --lrs, not in --recipes")
     return args

@@ -229,7 +229,7 @@ BAD = {"more Model-CL arms than dense ones": (["--arms", "dense,cl,cl-noiso"], "
        "no dense arm": (["--arms", "cl"], "at least as many trials"),
        "one learning rate": (["--lrs", "1"], "two at least"),
        "a learning rate of zero": (["--lrs", "0,1"], "positive --lrs"),
-       "jobs of many processes": (["--jobs", "2", "--nproc", "2"], "only one of"),
+       "jobs of many processes": (["--jobs", "2", "--nproc", "2"], "one of them 1"),
        "a rate in a recipe": (["--recipes", "lr_mult=0.1"], "--lrs, not in --recipes"),
        "an unknown option": (["--recipes", "speed=1"], "can't read the recipe 'speed=1'.*lr_schedule"),
        "an unknown arm": (["--arms", "dense,clx"], "no arm 'clx'"),
