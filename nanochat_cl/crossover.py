@@ -110,10 +110,11 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
     """
     (verdict, parts that hold, what is missing) from the criteria of one run, the number of seeds and the names of checks that did not pass.
     A limit that is none cannot be passed, a dense arm with fewer trials or no best rate cannot be crossed, one not isolated cannot lose, one
-    seed proves nothing. Who is ahead needs no better rate.
+    seed proves nothing. Who is ahead, and not short of the limit, needs no better rate.
     """
     missing = set(failed)
-    if parts["ahead"]:
+    behind = parts["crossing"] < 0 or (parts["crossing"] == 0 and parts["limit"] < 0)   # not where a crossing is there, but barred
+    if parts["ahead"] and not behind:
         missing.discard("interior optimum of Model-CL")
     sound = not missing and seeds >= MIN_SEEDS
     still_open = {name for name in PARTS if parts[name] == 0} - ({"crossing"} if parts["ahead"] else set())
@@ -126,7 +127,6 @@ def verdict(parts: dict, seeds: int, failed: Iterable[str] = ()) -> tuple[str, l
         missing.add("tokens")
     holds = [PARTS[name] for name in PARTS if state[name] > 0 and seeds > 1]
 
-    behind = parts["crossing"] < 0 or (parts["crossing"] == 0 and state["limit"] < 0)   # not where a crossing is there, but barred
     above = parts["ahead"] and state["gap"] < 0 and state["limit"] > 0 and state["floor"] > 0
     if behind:
         word = "NOT SUPPORTED" if seeds >= MIN_SEEDS and not missing & REFUSAL_NEEDS else "INCONCLUSIVE"

@@ -34,6 +34,7 @@ NAMES = {"query": "context", "ctx": "context", "endings": "choices", "gold": "an
 CORE = {"floor": ("hellaswag_zeroshot", "lambada_openai", "winograd", "winogrande", "piqa", "copa"),
         "facts": ("jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "openbook_qa")}  # of its 22, asked without examples
 CLOZE_DOCS, RARE = 4096, 50  # so many training texts are read for cloze questions, whose answers occur there at most so often
+GAP = re.compile(r"(?<!\w)_(?!\w)")  # not the one in max_size
 SENTENCE = re.compile(r"(?<=[.!?]\s)([A-Z][^.!?]{40,240})\s([A-Z][a-z]{2,}|\d{2,4})\.(?=\s|$)")
 
 
@@ -59,9 +60,9 @@ def read(path: Path, limit: int, delimiter: str = " ") -> list[probes.Item]:
         choices, gold = [choice.strip() for choice in row["choices"]], int(row["answer"])
         if link := {"cause": "because", "effect": "so"}.get(row.get("question")):
             context, choices = f"{row['context'].rstrip('. ')} {link}", [choice[0].lower() + choice[1:] for choice in choices]
-        before, _, after = context.partition("_")
-        if context.count("_") == 1 and re.search(r"\w", after):
-            return probes.Item(path.stem, tuple(before + choice for choice in choices), (after,) * len(choices), gold)
+        before, *after = GAP.split(context)
+        if len(after) == 1 and re.search(r"\w", after[0]):
+            return probes.Item(path.stem, tuple(before + choice for choice in choices), (after[0],) * len(choices), gold)
         return probes.Item(path.stem, context + lead, tuple(space + choice for choice in choices), gold, per_byte=True)
     try:
         rows = sorted(files.read_jsonl(path), key=lambda row: digest(repr(row)))
@@ -124,7 +125,13 @@ class Exam:
         base, self.light, self.full = domain_dir.parent.parent, probes.items(probe_items), {}
         for group in ("floor", "facts", "questions"):
             own = sorted((base / "eval" / group).glob("*.jsonl")) + sorted(domain_dir.glob(f"{group}/*.jsonl"))  # the recipe's questions
-            self.full[group] = core(base / "eval_bundle", group, probe_items) + [item for path in own for item in read(path, probe_items)]
+            self.full[group] = core(base / "eval_bundle", group, probe_items)
+            taken = {"cloze", *probes.KINDS, *(item.kind for item in self.full[group])}
+            for path in own:
+                if path.stem in taken:
+                    raise UserError(f"{path}: there is a probe called {path.stem} already; rename the file")
+                taken.add(path.stem)
+                self.full[group] += read(path, probe_items)
         self.full["facts"] += cloze(training_texts(base), probe_items)
         asked = {**self.full, "floor": self.light + self.full["floor"]}
         self.panels = {"domain": self.domain["test"], "general": self.general["test"],

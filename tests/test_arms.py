@@ -107,3 +107,9 @@ def test_a_config_keeps_its_cut_at_its_own_width_and_takes_the_default_one_at_an
     assert other["n_embd"] == 768 and other["blocks"] * other["block"] == 4 * 768 and {key: other[key] for key in ("chunk", "reach", "bos")} == \
         {key: cl[key] for key in ("chunk", "reach", "bos")}
     assert SIZES["n_embd"] == 32
+
+
+def test_controls_have_the_options_that_their_names_say():
+    assert {name: arm.recipe for name, arm in arms.ARMS.items() if arm.recipe} == {
+        "dense-frozen": {"plasticity": "frozen-shared"}, "dense-low-lr": {"lr_mult": 0.1},
+        "dense-replay-1": {"replay": 0.01}, "dense-replay-5": {"replay": 0.05}, "dense-replay-25": {"replay": 0.25}}

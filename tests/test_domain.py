@@ -12,7 +12,7 @@ from test_stream import T, Words
 
 from nanochat_cl import corpus, domain, files, stream, tokenizer
 from nanochat_cl.command import UserError
-from nanochat_cl.holdout import digest, split_of
+from nanochat_cl.holdout import Overlap, digest, split_of
 from nanochat_cl.sources import Document, checksums
 
 
@@ -315,3 +315,19 @@ def test_in_the_order_of_time_documents_and_sub_domains_come_by_their_date(base,
     (tmp_path / "old.json").write_text(json.dumps({"order": "time", "sources": [{"source": f"files:{tmp_path / 'd'}"}]}))
     with pytest.raises(UserError, match="needs one of every document, and 6.. have none.*which column"):
         run(str(tmp_path / "old.json"))
+
+
+def test_what_cannot_be_examined_is_not_trained_on_and_the_overlap_is_that_of_training_documents(base, tmp_path):
+    r = random.Random(5)
+    for folder in ("d", "web"):
+        (tmp_path / folder).mkdir()
+    licence = sentences(r, 20)
+    for name, n in (("big", 200), ("small", 3)):
+        (tmp_path / "d" / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{licence} {sentences(r, 50)}"}) for _ in range(n)))
+    (tmp_path / "web" / "a.jsonl").write_text("\n".join(json.dumps({"text": sentences(r, 50)}) for _ in range(150)))
+    make_corpus("--source", f"files:{tmp_path / 'web'}")
+    run(f"files:{tmp_path / 'd'}/*.jsonl")
+    text = {c: [d["text"] for d in read(base / f"corpora/d/{c}.parquet")] for c in ("train", "val", "test")}
+    assert {d["subdomain"] for c in text for d in read(base / f"corpora/d/{c}.parquet")} == {"big"}
+    shares = Overlap({"held": text["val"] + text["test"]}).of(text["train"])
+    assert files.read_json(base / "corpora/d/corpus.json")["subdomains"]["big"]["mean_share"] == pytest.approx(shares.mean()) and shares.mean() > 0.1

@@ -1,6 +1,7 @@
 """nanochat_cl.evaluate: which documents, the same score in whatever batches and on however many ranks, against one document at a time."""
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -189,3 +190,22 @@ def test_the_constant_share_is_the_arms_own_and_counts_scored_tokens_only():
     # 64 targets, 16 early; 10, all early; targets 13..40 are predicted at positions 12..39, 4 of the 28 early
     for changed, early in (({}, 16 + 10 + 4), ({"reach": "row"}, 16 + 10 + 4), ({"chunk": 8}, 8 + 8), ({"reach": "token", "chunk": 1}, 1 + 1)):
         assert evaluate.constant_share(panel, {"bos": BOS, "reach": "bos", "chunk": 512, **changed}) == pytest.approx(early / (64 + 10 + 28)), changed
+
+
+def test_a_row_is_full_where_a_token_is_many_characters(tmp_path):
+    class Words:
+        def get_bos_token_id(self):
+            return 0
+
+        def encode(self, texts, prepend):
+            return [[prepend] + [1] * len(text.split()) for text in texts] if isinstance(texts, list) else [prepend] + [1] * len(texts.split())
+    write_documents(tmp_path / "val.parquet", [("fourteenletter " * 900, "a", "k")])
+    assert [len(s) for s in evaluate.load_panel(tmp_path / "val.parquet", Words(), 2, 50, rows=4).sequences] == [51]
+
+
+def test_which_documents_are_asked_is_no_matter_of_their_names(tmp_path):
+    from nanochat_cl.holdout import digest
+    write_documents(tmp_path / "val.parquet", [(f"document {i} " * 100, "a", f"{i:02}") for i in range(40)])
+    panel = evaluate.load_panel(tmp_path / "val.parquet", TOKENIZER, 5, 64, rows=4)
+    asked = [re.match(r"document (\d+)", TOKENIZER.decode(s[1:].tolist()))[1] for s in panel.sequences]
+    assert asked == [f"{i}" for i in sorted(range(40), key=lambda i: digest(f"{i:02}"))[:5]]

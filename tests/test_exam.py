@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import toy_phase_a
+from test_evaluate import BOS, TOKEN_BYTES, TOKENIZER, tiny_gpt
 
-from nanochat_cl import exam, patching
+from nanochat_cl import evaluate, exam, patching
 from nanochat_cl.command import UserError
 from nanochat_cl.probes import Item
 from nanochat_cl.sources import Document, write_parquet
@@ -149,3 +150,57 @@ def test_an_answer_that_is_no_choice_is_refused_in_one_line(row, tmp_path):
     (tmp_path / "winogrande.jsonl").write_text(row + "\n")
     with pytest.raises(UserError, match="winogrande.jsonl.*counted from 0"):
         exam.read(tmp_path / "winogrande.jsonl", 10)
+
+
+def test_every_panel_is_of_its_own_file(tmp_path, monkeypatch):
+    from nanochat import dataset
+    asked = {}
+    def load(path, tokenizer, docs, seq_len, rows):
+        asked.setdefault(str(Path(path).relative_to(tmp_path)), docs)
+        return TOY[str(Path(path).relative_to(tmp_path))]
+    TOY = {f"corpora/{place}/{split}.parquet": evaluate.plan(["x"], [[BOS, 1, 2, 3 + i]], rows=1)
+           for i, (place, split) in enumerate((p, s) for p in ("toy", "general") for s in ("val", "test"))}
+    monkeypatch.setattr(evaluate, "load_panel", load)
+    monkeypatch.setattr(dataset, "DATA_DIR", "none")
+    made = exam.Exam(tmp_path / "corpora/toy", TOKENIZER, TOKEN_BYTES, 64, rows=4, docs=4, probe_items=2)
+    assert {(part, split): getattr(made, part)[split] is TOY[f"corpora/{place}/{split}.parquet"] for part, place in (("domain", "toy"), ("general", "general"))
+            for split in ("val", "test")} == {(part, split): True for part in ("domain", "general") for split in ("val", "test")}
+    assert asked == {"corpora/toy/val.parquet": 2, "corpora/toy/test.parquet": 4, "corpora/general/val.parquet": 8, "corpora/general/test.parquet": 16}
+    got = made.scores(tiny_gpt(sequence_len=256), lambda: None, full=False)
+    for part, place in (("domain", "toy"), ("general", "general")):
+        for split in ("val", "test"):
+            docs = got[part][split]["subdomains"]["x"]["docs"] if part == "domain" else got[part][split]["docs"]
+            (nats, size), = evaluate.score(tiny_gpt(sequence_len=256), TOY[f"corpora/{place}/{split}.parquet"], TOKEN_BYTES)
+            assert docs == [[pytest.approx(nats), int(size)]], (part, split)
+
+
+def test_what_would_also_be_right_is_no_wrong_choice_and_the_question_does_not_hold_its_answer():
+    ask = "The best known town of the great and old country by the sea is, as everyone will have heard"
+    texts = [f"So it is. {ask}, {town}. It is large." for town in ("Rome", "Oslo")]
+    texts += [f"So it is. Another one, as far as anybody is able to say about number {i}, is {town}. It is small."
+              for i, town in enumerate(("Bern", "Kyiv", "Lima", "Cairo"))]
+    for text in texts[:2]:
+        assert exam.SENTENCE.findall(text)
+    items = exam.cloze(texts, 99)
+    assert items and all(item.choices[item.gold].strip() not in item.context for item in items)
+    inside = exam.cloze([*texts, "So it is. They all say that the towers of Paris are by far the best known ones in Paris. It is."], 99)
+    assert not any(item.choices[item.gold] == " Paris" for item in inside)
+
+
+def test_an_underscore_within_a_word_is_no_gap(tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "What does sys.max_size hold?", "choices": ["a limit", "a name"], "answer": 0}))
+    (item,) = exam.read(tmp_path / "q.jsonl", 9)
+    assert (item.context, item.choices, item.per_byte) == ("What does sys.max_size hold?", (" a limit", " a name"), True)
+
+
+@pytest.mark.parametrize("name", ["order", "cloze"])
+def test_a_file_that_is_called_like_a_probe_of_ours_is_refused(base, monkeypatch, name):
+    from nanochat import dataset
+    from nanochat.tokenizer import get_tokenizer
+    monkeypatch.setattr(dataset, "DATA_DIR", "none")
+    path = base / "eval" / "floor" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"good": "It is.", "bad": "It are."}))
+    with pytest.raises(UserError, match=f"{name}.jsonl: there is a probe called {name} already; rename the file"):
+        exam.Exam(base / "corpora/toy", get_tokenizer(), TOKEN_BYTES, 32, rows=4, docs=2, probe_items=2)
+    path.unlink()

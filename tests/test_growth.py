@@ -243,3 +243,26 @@ def test_a_release_at_once_is_seen_in_the_records_and_the_scores_of_the_start_ar
     assert at_once[0]["domain"] == never[0]["domain"] and at_once[-1]["domain"] != never[-1]["domain"]
     use = torch.tensor(at_once[-1]["blocks"]["use"])
     assert (use[:, OLD:].sum(1) - JOIN / (ACTIVE + JOIN)).abs().max() < 1e-6 and not torch.tensor(never[-1]["blocks"]["use"])[:, OLD:].any()
+
+
+def test_newcomers_are_made_of_the_features_that_route(monkeypatch):
+    with patching.applied(), torch.compiler.set_stance("force_eager"):
+        model, idx, pooled, choose = build("cl-flops"), tokens(3, 64, seed=4), [], routing.choose
+        model(idx, idx)  # counts tokens
+        routing.freeze(model, model.setup_optimizer())
+        monkeypatch.setattr(routing, "choose", lambda parts, features, lengths: pooled.append(features) or choose(parts, features, lengths))
+        routing.choices(model, idx)
+        torch.testing.assert_close(routing.passages(model, idx), pooled[0][:, 1:].flatten(0, 1))
+
+
+def test_a_later_release_leaves_the_routers_of_those_that_work_already():
+    from nanochat_cl import growth
+    with patching.applied(), torch.compiler.set_stance("force_eager"):
+        model = build("cl-flops", lively=False)
+        routing.freeze(model, model.setup_optimizer())
+        rows = []
+        for milestone in (0, 1):
+            growth.grow(model, "3", "passages", milestone, tokens(4, 64, seed=milestone))
+            rows.append([part.router.detach().clone() for part in routing.parts(model)[0]])
+        for first, second in zip(*rows):
+            assert torch.equal(first[14:17], second[14:17]) and not (first[17:20] == second[17:20]).all(1).any() and torch.equal(first[20:], second[20:])

@@ -73,3 +73,8 @@ def test_any_number_of_workers_finds_the_same_shares():
     texts = [" ".join(f"w{r.randrange(40)}" for _ in range(40)) for _ in range(300)]
     alone, four = (Overlap({"a": texts[:200], "b": texts[250:]}, workers).of(texts) for workers in (1, 4))
     assert (alone == four).all() and (alone[:200, 0] == 1).all() and (alone[200:250] < 1).all()
+
+
+def test_which_class_is_which_is_pinned():
+    """Another hash would train on what was held out so far."""
+    assert {i: split_of(str(i)) for i in range(60) if split_of(str(i)) != "train"} == {7: "val", 20: "val", 25: "val", 45: "test"}

@@ -233,3 +233,25 @@ def test_two_first_visits_within_one_milestone_share_its_row_and_one_sub_domain_
         warnings.simplefilter("error")
         assert metrics.continual(rows, "val")["learning_accuracy"] == pytest.approx(-1)
         assert metrics.continual(RECORDS[:3], "val") == {}
+
+
+def test_the_metrics_are_of_the_split_that_is_asked_for():
+    rows = [record(0, [], {"a": 2.0, "b": 2.0}), record(1, ["a"], {"a": 1.0, "b": 2.0}), record(2, ["a", "b"], {"a": 1.5, "b": 1.0})]
+    for r in rows:
+        r["domain"]["test"] = {"bpb": 9.0, "subdomains": {s: {"bpb": 3 * x["bpb"], "docs": []} for s, x in r["domain"]["val"]["subdomains"].items()}}
+    val, test = metrics.continual(rows, "val"), metrics.continual(rows, "test")
+    assert val["acc"] == pytest.approx(-1.25) and test["acc"] == pytest.approx(-3.75)
+
+
+def test_the_gap_is_that_of_the_mean_over_sub_domains():
+    rows = [record(0, [], {"a": 2.0, "b": 2.0}), record(1, ["a"], {"a": 1.0, "b": 3.6}), record(2, ["a", "b"], {"a": 1.5, "b": 1.0})]
+    found = metrics.continual(rows, "val")
+    assert (found["gap_depth_bpb"], found["gap_width_tokens"]) == (pytest.approx(0.3), 200)
+
+
+def test_the_interval_of_selectivity_leaves_out_a_fortieth_on_each_side():
+    r = np.random.default_rng(0)
+    facts, floor = r.normal(0.4, 0.1, 400), np.full(400, 0.1)
+    ratio, low, high = metrics.selectivity(facts, floor)
+    half = 1.96 * facts.std() / math.sqrt(400) / 0.1
+    assert (ratio - low, high - ratio) == pytest.approx((half, half), rel=0.1)

@@ -128,3 +128,10 @@ def test_a_checkpoint_of_base_train_is_built_again_by_nanochats_own_loader(tmp_p
 def test_a_dense_checkpoint_does_not_load_into_a_sparse_model_by_accident():
     with pytest.raises(RuntimeError, match="mlp"):
         build().load_state_dict(build("dense").state_dict(), strict=True)
+
+
+def test_routers_learn_at_a_tenth_of_the_output_heads_rate():
+    with patching.applied():
+        groups = build().setup_optimizer(unembedding_lr=0.008).param_groups
+        rates = [(g["params"][0].ndim, g["initial_lr"] / groups[0]["initial_lr"], g["lr"]) for g in groups if g.get("routing")]
+        assert [r for n, r, _ in rates if n == 2] == pytest.approx([0.1] * (len(rates) - 1)) and rates[-1][2] == 0.01

@@ -108,3 +108,14 @@ def test_the_rank_that_makes_a_mistake_shows_it_and_the_other_names_that_rank(ba
     assert wait(start("failing", base, "--arms", "cl", *RESET, ranks=2, planted={0: fail})) == [70, 1]
     log = said(base, "failing")
     assert log.count("Traceback") == 1 and "shapes cannot be multiplied" in log and log.count("stopped, rank 0 of 2 died") == 1, log
+
+
+def test_two_ranks_record_the_idle_and_covered_shares_of_one(base):
+    rows = []
+    for ranks in (1, 2):
+        assert wait(start(f"shares{ranks}", base, *RESET, "--arms", "cl", "--max-tokens", "1024", ranks=ranks)) == [0] * ranks, said(base, f"shares{ranks}")
+        rows.append(comparable(base, f"shares{ranks}")[-1]["blocks"])
+    one, two = rows
+    for key in ("idle_share", "constant_share", "own_share", "entropy"):
+        assert two[key] == pytest.approx(one[key], abs=0.02), key
+    assert two["heads"]["idle_share"] == pytest.approx(one["heads"]["idle_share"], abs=0.02)

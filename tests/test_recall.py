@@ -85,3 +85,16 @@ def test_the_sample_of_a_window_is_bounded_and_the_same_in_any_order():
     one, two, other = recall.sample(100, rows, 4, 0), recall.sample(100, [*rows[::-1], rows[3]], 4, 0), recall.sample(100, rows, 4, 1)
     assert len(one) == 4 and texts(one) == texts(two) and {*texts(one)} != {*texts(other)}
     assert len(recall.sample(100, rows[:1] * 3, 4, 0)) == 1, "the same row is one passage"
+
+
+def test_sub_domains_of_one_window_are_kept_apart_and_have_their_own_held_out_gain():
+    before, now, rows = tiny_gpt(0), tiny_gpt(1), passages(60, 300, 4, seed=5)
+    asked = recall.sample(10, [("a", row) for row in rows[:2]] + [("b", row) for row in rows[2:]], 9, 0)
+    begun = recall.nats_and_bytes(before, asked, TOKEN_BYTES).tolist()
+    result = recall.score(now, asked, begun, 10, {"a": 0.25, "b": -0.5}, TOKEN_BYTES)
+    found = {w["subdomain"]: w for w in result["windows"]}
+    for name, mine, heldout in (("a", rows[:2], 0.25), ("b", rows[2:], -0.5)):
+        panel = evaluate.plan([name] * 2, mine, rows=1)
+        gain = np.subtract(*(evaluate.pooled(evaluate.score(m, panel, TOKEN_BYTES))["bpb"] for m in (before, now)))
+        assert found[name]["gain_bpb"] == pytest.approx(gain, rel=1e-4) and found[name]["recall_bpb"] == pytest.approx(gain - heldout, rel=1e-4)
+    assert result["mean"] == pytest.approx((found["a"]["recall_bpb"] + found["b"]["recall_bpb"]) / 2)

@@ -94,3 +94,9 @@ def test_a_recipe_is_named_by_what_differs_from_the_default():
 def test_impossible_recipes_are_refused(bad):
     with pytest.raises(UserError):
         Recipe(**bad)
+
+
+@pytest.mark.parametrize("options", [dict(release="none"), dict(newcomers="passages"), dict(cooldown_frac=0.9), dict(plasticity="budget:0.5+routers:0.1")])
+def test_what_is_nothing_to_dense_is_taken_out_of_its_recipe(options):
+    assert recipes.of_dense(Recipe(replay=0.05, **options)) == Recipe(replay=0.05)
+    assert recipes.of_dense(Recipe(lr_schedule="wsd", cooldown_frac=0.9)).cooldown_frac == 0.9

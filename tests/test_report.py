@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import synthetic
-from nanochat_cl import crossover, curves, figures, report
+from nanochat_cl import crossover, curves, figures, metrics, report
 
 CONFIG = dict(run="synthetic", argv=["python", "-m", "nanochat_cl.evolve", "--arms", "dense,cl"], profile="cpu", seed=42, commit="0123abc",
               arms=dict(dense=dict(cl=None, depth=4), cl=dict(cl=dict(blocks=16), depth=4)))
@@ -219,3 +219,40 @@ def test_arms_without_dense_have_curves_and_no_verdict_and_the_command_names_the
     folder = synthetic.write(tmp_path / "named", rows, config=CONFIG)
     assert report.report([str(folder)], "cl-flops")["certificate"]["arm"] == "cl-flops"
     assert f"nanochat_cl.report {folder} --arm cl-flops" in (folder / "report.html").read_text()
+
+
+def test_the_ledger_says_val_and_test_of_what_they_are():
+    c = curves.paired(synthetic.records(milestones=5))
+    row = report.ledger(c)["cl/default"]
+    assert row["domain bpb, val"] == pytest.approx(-c.val[1, 0, -1]) and row["domain bpb, test"] == pytest.approx(-c.test[1, 0, -1])
+    at = c.at["cl", "default", 42]
+    assert row["bwt"] == metrics.continual(at, "test")["bwt"] != metrics.continual(at, "val")["bwt"]
+
+
+def test_the_score_that_is_compared_lies_before_a_cool_down():
+    rows = synthetic.records(milestones=6, sd=0.0, gap=lambda t: -0.02)
+    for r in rows:
+        r["lr_mult"] = 0.1 if r["milestone"] == 5 else 1.0
+    c = curves.paired(rows)
+    target = c.val[:, 0, :5].max(-1).min()
+    dense, cl = report.at_equal_score(c, [0, 1])
+    for i, row in enumerate((dense, cl)):
+        assert float(row[1]) == pytest.approx(np.interp(metrics.reached(c.val[i, 0], target), range(6), c.tokens) / 1e6, abs=1e-4)
+    assert float(cl[1]) <= c.tokens[4] / 1e6 + 1e-4
+
+
+def test_the_start_is_shown_dense_first(tmp_path):
+    folder = synthetic.write(tmp_path / "run", synthetic.records(milestones=3))
+    v = report.report([str(folder)])["certificate"]
+    cells = [re.findall(r"<td>([^<]*)</td>", row) for row in (folder / "report.html").read_text().split("Before Phase B")[1].split("</table>")[0].split("<tr>")]
+    found = {row[0]: [float(x.replace(figures.MINUS, "-")) for x in row[1:3]] for row in cells if row}
+    assert found["domain"] == pytest.approx([v["curves"]["dense_bpb"][0], v["curves"]["cl_bpb"][0]], abs=1e-4)
+    assert found["general text"] == pytest.approx([v["general_start"]["dense"], v["general_start"]["cl"]], abs=1e-4)
+
+
+@pytest.mark.parametrize("better", ["dense", "dense-rows"])
+def test_of_dense_arms_alone_the_best_is_shown(tmp_path, better):
+    rows = synthetic.records({(name, "default"): (1.0, lambda t, name=name: 0.05 * t * (name == better), 0.25) for name in ("dense", "dense-rows")}, milestones=3)
+    folder = synthetic.write(tmp_path / "run", rows)
+    report.report([str(folder)])
+    assert f"<h1>{better}/default</h1>" in (folder / "report.html").read_text()

@@ -305,3 +305,34 @@ def test_a_cache_that_lost_its_state_is_not_decoded_from():
         kv_cache.routing = None
         with pytest.raises(RuntimeError, match="routing state"):
             model(tokens(1, 1), kv_cache=kv_cache)
+
+
+def test_token_counts_fade_with_every_batch():
+    with patching.applied():
+        model, seen = build(), [tokens(2, 30, seed=seed) for seed in (1, 2)]
+        for idx in seen:
+            model(idx, idx)
+        first, second = (torch.bincount(idx.flatten(), minlength=64).float() for idx in seen)
+        assert torch.equal(model.token_count, first * routing.MEMORY + second)
+
+
+def test_the_balance_chooses_and_is_not_in_the_gates():
+    from test_routing import by_kind
+    with patching.applied():
+        model, idx = build().eval(), tokens(2, 64)
+        before = by_kind(model, idx)
+        with torch.no_grad():
+            for kind in routing.parts(model):
+                for part in kind:
+                    part.balance.fill_(0.3)  # alike for all: the same are chosen
+        for (choice, gate), (choice_now, gate_now) in zip(before, by_kind(model, idx), strict=True):
+            assert torch.equal(choice.sort(-1).values, choice_now.sort(-1).values)
+            torch.testing.assert_close(gate.sum(-1), gate_now.sum(-1))
+
+
+def test_with_a_reserve_too_the_excess_of_some_is_the_lack_of_others():
+    with patching.applied():
+        model, idx = build("cl-flops"), tokens(3, 50)
+        model(idx, idx).backward()
+        for part in routing.parts(model)[0]:
+            assert part.balance.grad.sum().abs() < 1e-4 and part.balance.grad[:14].any() and not part.balance.grad[14:].any()

@@ -215,3 +215,35 @@ def test_replay_into_a_domain_with_a_subdomain_called_general_is_refused(folder,
     assert set(make(folder, "iid").subdomains) == {"general", "law"}
     with pytest.raises(UserError, match="--replay and a sub-domain called general cannot be told apart; rename it"):
         make(folder, "iid", replay=0.1)
+
+
+def test_replay_takes_no_part_in_what_is_seen(folder, general):
+    s = make(folder, "sequential", order="size", replay=0.5)
+    for step in range(30):
+        try:
+            domain = [name for i in range(step) for name, _ in s.places(i) if name != "general"]
+        except UserError:
+            break
+        assert s.seen(step) == list(dict.fromkeys(domain)), step
+
+
+def test_every_pass_over_the_general_text_has_its_own_order(folder, general):
+    s = make(folder, "iid", replay=0.5, repeat=True)
+    rows = [row for step in range(40) for row in s.places(step) if row[0] == "general"]
+    n = 2 * 9 * 31 // T
+    assert sorted(rows[:n]) == sorted(rows[n:2 * n]) and rows[:n] != rows[n:2 * n]
+
+
+def test_on_a_tie_the_current_sub_domain_is_the_later_one(folder):
+    table(folder / "train.parquet", [("x" * (T * 6 - 1), "a"), ("y" * (T * 6 - 1), "b")])
+    s = make(folder, "sequential", order="name")
+    assert [s.current(step) for step in range(3)] == ["a", "b", "b"]
+
+
+def test_drift_fades_in_and_out_over_the_neighbours_time(folder):
+    table(folder / "train.parquet", [(c * (T * 40 - 1), c) for c in "abc"])
+    s = make(folder, "drift", order="name")
+    names = [name for step in range(30) for name, _ in s.places(step)]
+    first, last = (lambda c: names.index(c)), (lambda c: 119 - names[::-1].index(c))
+    # b begins where half of a is over and ends where half of c is; a and c meet in the middle of b
+    assert first("b") < 32 and last("b") > 87 and last("a") > 45 and first("c") < 75, (first("b"), last("b"), last("a"), first("c"))

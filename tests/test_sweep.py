@@ -13,7 +13,7 @@ import pytest
 import toy_phase_a
 from nanochat_cl import command, evolve, files, phase_b, pretrain, sweep, upstream
 from nanochat_cl.command import UserError
-from nanochat_cl.recipes import read
+from nanochat_cl.recipes import Recipe, read
 from nanochat_cl.sweep import Job
 
 TOY = ["--domain", "toy", "--depth", "2"]
@@ -397,3 +397,25 @@ def test_a_run_that_ended_after_its_sweep_was_killed_is_a_trial_as_well(tmp_path
 
 def test_where_a_checkpoint_is_named_no_phase_a_is_planned(tmp_path):
     assert sweep.phase_a(sweep.parse([*TOY, "--arms", "dense", "--from", "mine"]), tmp_path) == []
+
+
+def test_a_run_of_which_one_arm_ended_is_not_complete(tmp_path):
+    job = sweep.Job("x", tmp_path, (), ("dense", "cl"), 1, 1, Recipe(), "default")
+    row = lambda a, final: {"arm": a, "final": final, "domain": {"val": {"bpb": 1.0}}}
+    files.write_jsonl(tmp_path / "records.jsonl", [row("dense", True)])
+    assert job.scores() == {}
+    files.write_jsonl(tmp_path / "records.jsonl", [row("dense", True), row("cl", True)])
+    assert job.scores() == {"dense": 1.0, "cl": 1.0}
+
+
+def test_a_lost_run_belongs_to_the_certificate_of_its_sweep(tmp_path, monkeypatch):
+    """What a guard stopped is an edge of the grid and a trial; of one it is told by its folder alone."""
+    rows = [{"run": name, "status": status} for name, status in (("a", "lost"), ("b", "complete"))]
+    asked = {}
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(sweep, "sweep", lambda args, base: {"runs": rows})
+    monkeypatch.setattr(sweep.machine, "prepare", lambda: None)
+    for name in ("crossover", "report"):
+        monkeypatch.setattr(getattr(sweep, name), "main", lambda argv, name=name: asked.update({name: argv}))
+    sweep.main(["--arms", "dense,cl"])
+    assert asked["crossover"] == asked["report"] == [str(tmp_path / "evolve/sweep/b"), str(tmp_path / "evolve/sweep/a"), "--arm", "cl"]
