@@ -80,7 +80,8 @@ def build(args: argparse.Namespace) -> None:
                       "held_out_copies": len(skipped.get(COPIES, [])),
                       "documents": {"train": 0, **{c: len(held[c]) for c in held}}}
     overlap = Overlap({"near_general": [d.text for c in HELD_OUT for d in held[c]]}, args.workers)
-    seen = {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
+    seen = {digest(d.text) for c in HELD_OUT for d in held[c]}  # some have no words by which `overlap` could know them
+    seen |= {digest(d.text) for number in range(state["shards"]) for d in read_parquet(data_dir / shard(number))}
     source = unread(read, state)
     files.write_json(data_dir / partial, state)
     while state["bytes"] < (args.tokens or float("inf")) * BYTES_PER_TOKEN and (block := list(islice(source, args.docs_per_shard))):

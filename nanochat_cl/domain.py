@@ -152,7 +152,7 @@ def _write(args: argparse.Namespace, recipe: dict, by_time: bool, folder: Path, 
     overlap = Overlap({"near_domain": held, "near_general": general, "near_evaluation": evaluation}, args.workers)
     near_items = {name: int((overlap.of(texts)[:, 2] >= NEAR).sum()) for name, texts in (("domain", held), ("general", general))}
     share, size, dropped = Counter(), Counter(), dict.fromkeys([*overlap.groups, "exact"], 0)
-    for d, shared in corpus.screened(documents, overlap, set(), dropped):
+    for d, shared in corpus.screened(documents, overlap, set(map(digest, [*held, *general])), dropped):
         parts["train"].append(d)
         share[d.subdomain] += shared
         size[d.subdomain] += len(d.text.encode())

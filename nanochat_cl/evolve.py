@@ -232,7 +232,10 @@ def begin(args: argparse.Namespace, held: ExitStack) -> "PhaseB | None":
 
 
 def branch(run: "PhaseB", trunk: Path, asked: dict, device: torch.device) -> dict:
-    """The trunk's last state up to which `run`, at Phase A still, does what the trunk did: then it ends as if it had run from the start."""
+    """
+    The trunk's last state up to which `run`, at Phase A still, does what the trunk did: then it ends as if it had run from the start. Recall
+    of the records until then is of the trunk's passages.
+    """
     from nanochat_cl import recall
     from nanochat_cl.phase_b import Milestones
     if not (trunk / "config.json").is_file():

@@ -160,8 +160,9 @@ class Stream:
         return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), [name for name, _ in places])
 
     def current(self, step: int) -> str:
-        """The sub-domain that most domain rows of batch `step` come from; on a tie the one it visits later."""
-        names = [name for name, _ in self.places(step)][:self._domain_rows(step + 1) - self._domain_rows(step)]
+        """The sub-domain that most domain rows of batch `step` come from; on a tie the one it visits later, without any the one before."""
+        first, last = self._domain_rows(step), self._domain_rows(step + 1)
+        names = [self._place(row)[0] for row in range(first, last) or [max(0, last - 1)]]
         return max(reversed(names), key=names.count)
 
     def seen(self, step: int) -> list[str]:

@@ -331,3 +331,17 @@ def test_what_cannot_be_examined_is_not_trained_on_and_the_overlap_is_that_of_tr
     assert {d["subdomain"] for c in text for d in read(base / f"corpora/d/{c}.parquet")} == {"big"}
     shares = Overlap({"held": text["val"] + text["test"]}).of(text["train"])
     assert files.read_json(base / "corpora/d/corpus.json")["subdomains"]["big"]["mean_share"] == pytest.approx(shares.mean()) and shares.mean() > 0.1
+
+
+def test_a_held_out_text_without_a_word_is_not_trained_on_under_another_key(base, tmp_path):
+    """Such texts have nothing that could be near to anything."""
+    r = random.Random(1)
+    (tmp_path / "d").mkdir()
+    rows = [{"text": sentences(r, 50), "key": f"{i}"} for i in range(200)]
+    rows += [{"text": "∑∫∂ = ∇", "key": key} for key in ("7", *(k for k in map(str, range(200, 300)) if split_of(k) == "train"))]
+    (tmp_path / "d" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.json").write_text(json.dumps({"sources": [{"source": f"files:{tmp_path / 'd'}", "value": "d", "key": "key"}]}))
+    make_corpus("--source", f"files:{tmp_path / 'd'}")
+    run(str(tmp_path / "mine.json"))
+    held, trained = (["∑∫∂ = ∇" in [d["text"] for d in read(base / f"corpora/mine/{c}.parquet")] for c in names] for names in (("val", "test"), ("train",)))
+    assert held == [True, False] and trained == [False]

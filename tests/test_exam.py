@@ -187,6 +187,14 @@ def test_what_would_also_be_right_is_no_wrong_choice_and_the_question_does_not_h
     assert not any(item.choices[item.gold] == " Paris" for item in inside)
 
 
+def test_no_wrong_choice_stands_in_the_question():
+    towns = ["Rome", "Oslo", "Bern", "Kyiv", "Lima", "Cairo"]
+    texts = [f"So it is. As far as anybody in {towns[i - 1]} or in {towns[i - 2]} is able to say about number {i}, that one is {town}. It is."
+             for i, town in enumerate(towns)]
+    items = exam.cloze(texts, 99)
+    assert len(items) == 6 and not any(choice.strip() in item.context for item in items for choice in item.choices)
+
+
 def test_an_underscore_within_a_word_is_no_gap(tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "What does sys.max_size hold?", "choices": ["a limit", "a name"], "answer": 0}))
     (item,) = exam.read(tmp_path / "q.jsonl", 9)

@@ -247,3 +247,20 @@ def test_drift_fades_in_and_out_over_the_neighbours_time(folder):
     first, last = (lambda c: names.index(c)), (lambda c: 119 - names[::-1].index(c))
     # b begins where half of a is over and ends where half of c is; a and c meet in the middle of b
     assert first("b") < 32 and last("b") > 87 and last("a") > 45 and first("c") < 75, (first("b"), last("b"), last("a"), first("c"))
+
+
+def test_each_epoch_of_iid_has_its_own_order(folder):
+    s = make(folder, "iid", repeat=True)
+    n = s.total_tokens // T
+    first, second = ([s._place(epoch * n + row) for row in range(n)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_a_batch_of_replay_alone_is_where_the_one_before_it_was(folder, general):
+    s = make(folder, "sequential", order="name", replay=0.9, repeat=True)
+    rows = [[name for name, _ in s.places(step) if name != "general"] for step in range(20)]
+    assert [] in rows
+    now = next(mine for mine in rows if mine)[-1]
+    for step, mine in enumerate(rows):
+        now = max(reversed(mine), key=mine.count) if mine else now
+        assert s.current(step) == now, step
