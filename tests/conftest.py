@@ -19,6 +19,12 @@ def base(tmp_path_factory):
         yield place
 
 
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    from nanochat.tokenizer import get_tokenizer
+    return get_tokenizer()
+
+
 @pytest.fixture(autouse=True)
 def same_gpus():
     """What a test hides from CUDA (`--device-type cpu`) is there again for the next one."""

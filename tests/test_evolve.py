@@ -34,12 +34,6 @@ def both(base):
     return run(base, "both")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    from nanochat.tokenizer import get_tokenizer
-    return get_tokenizer()
-
-
 def test_milestones_are_snapped_to_the_next_whole_step_and_hold_both_ends():
     def all_of(steps: int, batch_tokens: int, milestone_tokens: int) -> list[int]:
         marks = phase_b.Milestones(steps, batch_tokens, milestone_tokens)

@@ -1,6 +1,5 @@
 """What a step, a record and a run of either phase are made of: counters, rates, seeds, and what of them a later one goes on from."""
 import copy
-import json
 import shutil
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -17,17 +16,6 @@ from nanochat_cl.stream import Stream
 from patches import settings
 from test_evolve import last_state, run
 from tests.tiny_cl import build
-
-
-@pytest.fixture(scope="module")
-def both(base):
-    return run(base, "both")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    from nanochat.tokenizer import get_tokenizer
-    return get_tokenizer()
 
 
 def batch(base, tokenizer, step=0):
@@ -84,7 +72,8 @@ def test_after_one_step_what_is_unmoved_is_what_was_idle(base, tokenizer):
         assert arm.drift()[1] == pytest.approx(arm.blocks()["idle_share"]) and arm.drift()[1] > 0.5
 
 
-def test_a_record_is_of_what_came_since_the_last_one(base, both):
+def test_a_record_is_of_what_came_since_the_last_one(base):
+    both = run(base, "both")
     for arm in ("dense", "cl"):
         rows, losses = [r for r in both if r["arm"] == arm], last_state(base, "both")["arms"][arm]["losses"]
         assert [r["train_loss"] for r in rows[1:]] == pytest.approx([np.mean(losses[a:b]) for a, b in ((0, 4), (4, 8), (8, 10))])
@@ -134,15 +123,6 @@ def test_a_run_with_replay(base, monkeypatch, tmp_path):
     monkeypatch.setattr(dataset, "DATA_DIR", str(tmp_path / "shards"))
     records = run(base, "replayed", "--arms", "dense-replay-25", "--max-tokens", "2048")
     assert records[-1]["unique_tokens"] == 0.75 * records[-1]["tokens"] and records[-1]["recall"]["windows"] and {w["subdomain"] for w in records[-1]["recall"]["windows"]} <= {"alpha", "beta", "gamma"}
-
-
-def test_a_branch_begins_where_the_rates_still_agreed(base):
-    def records(name, *more):
-        evolve.evolve(evolve.parse([*toy_phase_a.ARGS, "--arms", "dense", "--name", name, "--max-tokens", "2048", "--milestone-tokens", "256", *more]))
-        return toy_phase_a.comparable(base, name)
-    cooled = ["--lr-schedule", "wsd", "--cooldown-frac", "0.7"]  # rates differ from step 3 on; states are there at 1, 2, 4, 7 and 8
-    records("trunk3", "--keep-milestones")
-    assert json.dumps(records("branch3", *cooled, "--branch-of", "trunk3")) == json.dumps(records("whole3", *cooled))
 
 
 def test_a_run_does_not_go_on_from_another_phase_a(base, monkeypatch):

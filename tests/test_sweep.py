@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import toy_phase_a
-from nanochat_cl import command, evolve, files, phase_b, pretrain, sweep, upstream
+from nanochat_cl import command, evolve, files, pretrain, sweep, upstream
 from nanochat_cl.command import UserError
 from nanochat_cl.recipes import Recipe, read
 from nanochat_cl.sweep import Job
@@ -339,49 +339,6 @@ def test_a_real_sweep_ends_with_a_ledger_a_certificate_and_a_report(base, monkey
     monkeypatch.setattr(sweep, "launch", lambda args, logs: lambda job, slot: pytest.fail(f"{job.name} ran again"))
     sweep.main(argv)
     assert (base / "evolve/sweep/sweep.json").read_bytes() == before
-
-
-def test_a_branch_is_the_run_that_cooled_down_from_the_start(base):
-    def records(name: str, *more: str) -> list[dict]:
-        evolve.evolve(evolve.parse([*toy_phase_a.ARGS, "--arms", "cl", "--name", name, *more]))
-        return toy_phase_a.comparable(base, name)
-    cooled = ["--lr-schedule", "wsd", "--cooldown-frac", "0.5"]
-    trunk = records("trunk", "--max-tokens", "2560")  # 10 steps, milestones 4, 8 and 10; states are there at 8 and 10
-    with pytest.raises(UserError, match="no state to branch from.*agree up to step 6"):
-        records("none", *cooled, "--max-tokens", "2560", "--branch-of", "trunk")
-    assert not (base / "evolve/none").exists()
-    branch = records("branch", "--lr-schedule", "wsd", "--cooldown-frac", "0.2", "--max-tokens", "2560", "--branch-of", "trunk")
-    whole = records("whole", "--lr-schedule", "wsd", "--cooldown-frac", "0.2", "--max-tokens", "2560")
-    assert json.dumps(branch) == json.dumps(whole)
-    assert [r["domain"] for r in branch[:-1]] == [r["domain"] for r in trunk[:-1]] and branch[-1]["domain"] != trunk[-1]["domain"]
-    assert files.read_json(base / "evolve/branch/samples.json") == files.read_json(base / "evolve/whole/samples.json")
-    with pytest.raises(UserError, match=r"recipe.lr_mult: 1.0 -> 0.5\); a branch differs in --lr-schedule"):
-        records("other", "--lr-mult", "0.5", "--branch-of", "trunk")
-
-
-def test_a_run_without_end_goes_on_until_it_is_told_to_stop_and_cools_down_in_branches(base, monkeypatch, capsys):
-    def records(name: str, *more: str) -> list[dict]:
-        try:
-            evolve.evolve(evolve.parse([*toy_phase_a.ARGS, "--arms", "cl", "--name", name, "--repeat", *more]))
-        except KeyboardInterrupt:
-            pass
-        return toy_phase_a.comparable(base, name)
-    train = phase_b.PhaseB.train
-    for stop in (5, 14):
-        def until(self):
-            train(self)
-            if self.state["step"] == stop:
-                raise KeyboardInterrupt
-        monkeypatch.setattr(phase_b.PhaseB, "train", until)
-        trunk = records("endless", "--max-tokens", "0", "--keep-milestones")
-    said = capsys.readouterr().out
-    assert "without end, steps of 256 tokens" in said and "1k tokens |" in said and "left" not in said.split("Ctrl")[0].split("evolve | cl")[1]
-    assert [r["step"] for r in trunk] == [0, 4, 8, 12] and not any(r["final"] for r in trunk)
-    monkeypatch.setattr(phase_b.PhaseB, "train", train)
-    cooled = ["--max-tokens", "3072", "--lr-schedule", "wsd", "--cooldown-frac", "0.3"]  # 12 steps, at full rate up to 8
-    branch = records("branch-of-endless", *cooled, "--keep-milestones", "--branch-of", "endless")
-    whole = records("whole-repeat", *cooled, "--keep-milestones")
-    assert json.dumps(branch) == json.dumps(whole) and [r["domain"] for r in branch[:3]] == [r["domain"] for r in trunk[:3]]
 
 
 def test_a_run_that_ended_after_its_sweep_was_killed_is_a_trial_as_well(tmp_path):
