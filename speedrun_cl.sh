@@ -23,8 +23,6 @@ launch() { if [ "$NPROC" -gt 1 ]; then torchrun --standalone --nproc_per_node="$
 if [ "$PROFILE" = cpu ]; then
     : "${NANOCHAT_DTYPE:=$(python -m nanochat_cl.machine dtype)}"
     [ -z "$NANOCHAT_DTYPE" ] || export NANOCHAT_DTYPE
-    # glibc gives temporaries of more than 32 MiB back at once and faults them in again, page by page, at each step.
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 fi
 echo "profile $PROFILE, seed $SEED, $NPROC process(es), ${NANOCHAT_DTYPE:-default dtype}, everything goes to $NANOCHAT_BASE_DIR"
 

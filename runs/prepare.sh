@@ -6,7 +6,6 @@ export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat_cl/$PROFILE
 if [ "$PROFILE" = cpu ]; then
     : "${NANOCHAT_DTYPE:=$(python -m nanochat_cl.machine dtype)}"
     [ -z "$NANOCHAT_DTYPE" ] || export NANOCHAT_DTYPE
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592  # see speedrun_cl.sh
 fi
 if [[ " $* " != *" --dry-run "* ]]; then
     python -m nanochat_cl.corpus --profile "$PROFILE"

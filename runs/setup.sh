@@ -6,3 +6,5 @@
 STAMP=".venv/installed-$(cat pyproject.toml - <<<"$EXTRAS" | cksum | cut -d' ' -f1)"
 [ -e "$STAMP" ] || { .venv/bin/python -m pip install --quiet -e ".$EXTRAS" && touch "$STAMP"; }
 source .venv/bin/activate
+# glibc gives temporaries of more than 32 MiB back at once and faults them in again, page by page, at each step on a CPU.
+command -v nvidia-smi >/dev/null || export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
